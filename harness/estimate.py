@@ -1,0 +1,72 @@
+"""What a run will take, before it runs: predicted from a 0.1 s probe of this machine, never measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from harness.budget import needed_bytes
+from harness.measure import Sampling
+from harness.models import model_config
+from harness.plan import Cell
+from harness.run import GATE_TOKENS
+from harness.tolerance import DRAWS
+from reference.config import Config, count_parameters
+from reference.schemes import SCHEMES, bytes_read_per_token, stored_bytes
+
+#: Interpreter and call overhead of one layer of one forward call, eager Python.
+_CALL_SECONDS_PER_LAYER = 1.5e-4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted seconds and bytes of one cell."""
+
+    seconds: float
+    bytes: int
+
+
+def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None) -> Estimate:
+    """Roofline estimate: matrix products at the probed rate, decode steps at the probed bandwidth.
+
+    Efficiencies of real backends differ by small factors; this answers "seconds or hours".
+    """
+    config = config or model_config(cell.model)
+    scheme = cell.scheme if cell.scheme in SCHEMES else "fp32"
+    rate, bandwidth = probe()
+    flop_per_token = 2.0 * (count_parameters(config) - config.n_vocab * config.n_embd)
+    step = bytes_read_per_token(config, scheme) / bandwidth + config.n_layer * _CALL_SECONDS_PER_LAYER
+    call = config.n_layer * _CALL_SECONDS_PER_LAYER
+
+    def batch(tokens: int) -> float:
+        return tokens * flop_per_token / rate + call + tokens * config.n_layer * 5e-6  # the WKV loop
+
+    load = 4.0 * count_parameters(config) / 1e9
+    gate = (DRAWS + 6) * batch(GATE_TOKENS) + (GATE_TOKENS + 4) * step
+    seconds = load + gate
+    if sampling is not None:
+        runs = sampling.repeats + sampling.warmup
+        work = cell.workload
+        timed = runs * (batch(work.prompt_tokens) + work.decode_tokens * step)
+        seconds += timed if sampling.budget_s is None else min(timed, max(2 * sampling.budget_s, timed / runs))
+    return Estimate(seconds, needed_bytes(config, stored_bytes(config, scheme), True))
+
+
+@lru_cache(maxsize=1)
+def probe() -> tuple[float, float]:
+    """Matrix rate (FLOP/s, float32) and read bandwidth (byte/s) of numpy here; best of three short runs."""
+    a = np.ones((512, 512), np.float32)
+    big = np.ones(1 << 23, np.float32)
+    rate = 2 * 512**3 / min(_seconds(lambda: a @ a) for _ in range(3))
+    bandwidth = big.nbytes / min(_seconds(big.sum) for _ in range(3))
+    return rate, bandwidth
+
+
+def _seconds(work: object) -> float:
+    assert callable(work)
+    start = time.perf_counter_ns()
+    work()
+    return max(1, time.perf_counter_ns() - start) / 1e9

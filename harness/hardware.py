@@ -1,0 +1,140 @@
+"""Which hardware is here, under the short names people use, found without importing a runtime."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+
+from reference.errors import InputError
+
+#: Short name -> pattern of the name its driver or system reports. Order matters: "A800" before "A8".
+KNOWN: dict[str, str] = {
+    "a800": r"A800",
+    "a100": r"A100",
+    "h100": r"H100",
+    "h200": r"H200",
+    "rtx3060ti": r"RTX 3060 Ti",
+    "rtx3090": r"RTX 3090",
+    "rtx4090": r"RTX 4090",
+    "rx7900xtx": r"RX 7900 XTX",
+    "m2pro": r"Apple M2 Pro",
+    "m2": r"Apple M2$",
+    "snapdragon865": r"Snapdragon 865|SM8250",
+}
+
+
+class UnknownHardware(InputError):
+    """A hardware name that is neither local nor known; one line."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One place of this machine where cells can run.
+
+    name    short name for tables (``cpu``, ``h200``)
+    device  what a backend calls it (``cpu``, ``cuda:0``, ``mps``)
+    detail  the full name, as the system tells it
+    """
+
+    name: str
+    device: str
+    detail: str
+
+
+@lru_cache(maxsize=1)
+def local_hardware() -> tuple[Hardware, ...]:
+    """The CPU, then every GPU whose driver answers."""
+    found = [Hardware("cpu", "cpu", cpu_name())]
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        found.append(Hardware(short_name(cpu_name()), "mps", cpu_name()))
+    found += [Hardware(short_name(name), f"cuda:{i}", name) for i, name in enumerate(_nvidia_gpus())]
+    return tuple(found)
+
+
+def hardware_names() -> list[str]:
+    """Every name ``--hardware`` takes."""
+    return ["local", "cpu", *KNOWN]
+
+
+def resolve(name: str) -> list[Hardware]:
+    """Hardware of this machine that ``name`` means; empty if it is known but not here.
+
+    Raises :class:`UnknownHardware` with the nearest names otherwise.
+    """
+    here = local_hardware()
+    if name in ("local", "all"):
+        return list(here)
+    matches = [item for item in here if item.name == name]
+    if not matches and name not in hardware_names():
+        near = difflib.get_close_matches(name, hardware_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UnknownHardware(f"no hardware {name!r}; {hint}known: {', '.join(hardware_names())}")
+    return matches
+
+
+def short_name(detail: str) -> str:
+    """``NVIDIA A800-SXM4-80GB`` -> ``a800``; an unknown name becomes a slug of itself."""
+    for name, pattern in KNOWN.items():
+        if re.search(pattern, detail, re.IGNORECASE):
+            return name
+    return re.sub(r"[^a-z0-9]+", "-", detail.lower()).strip("-")
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """Model name of the processor, with its number of logical CPUs that this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = match.group(1).strip() if match else name
+    except OSError:
+        if platform.system() == "Darwin":
+            name = _run(["sysctl", "-n", "machdep.cpu.brand_string"]) or name
+    return name
+
+
+def usable_cpus() -> int:
+    """Logical CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Threads a cell runs with when none are asked for: one per physical core it may use."""
+    return max(1, min(usable_cpus(), psutil.cpu_count(logical=False) or usable_cpus()))
+
+
+def describe(hardware: Hardware) -> dict[str, str | int]:
+    """``hardware_detail`` of a row: full name, and what of the host bears on speed."""
+    return {
+        "name": hardware.detail,
+        "cpus": usable_cpus(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def _nvidia_gpus() -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    return _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+
+
+def _run(command: list[str]) -> str:
+    """What a query prints, or nothing where it fails: hardware that cannot be asked is not listed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,155 @@
+"""Model names -> weights: a checkpoint path, the embedded ``tiny``, or a preset with synthetic weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import reference
+from harness.budget import available_bytes
+from harness.cache import cache_folder
+from reference.checkpoint import load_checkpoint
+from reference.config import Config, preset, preset_names
+from reference.errors import ConfigError, InputError
+from reference.synthetic import synthetic
+from reference.tokenizer import Tokenizer, tokenizer_for
+from reference.weights import Tensor, Weights
+
+TINY = "tiny"
+EMBEDDED = Path(reference.__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as asked for: ``name``, its weights, and a hash of its content."""
+
+    name: str
+    weights: Weights
+    sha256: str
+
+    @property
+    def config(self) -> Config:
+        return self.weights.config
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model's vocabulary; raises InputError naming the file that is missing."""
+        folder = Path(self.weights.source)
+        return tokenizer_for(self.config.n_vocab, folder if folder.is_dir() else folder.parent)
+
+
+def model_names() -> list[str]:
+    """Names that need no file."""
+    return [TINY, *preset_names()]
+
+
+def model_config(name: str) -> Config:
+    """Configuration of a model without reading its weights' data."""
+    if name == TINY:
+        return load_checkpoint(str(EMBEDDED / "tiny.safetensors"), scan=False).config
+    if looks_like_path(name):
+        return load_checkpoint(name, scan=False).config
+    return _preset(name)
+
+
+def open_model(name: str, seed: int = 0) -> Model:
+    """Open a model; ``seed`` is that of synthetic weights.
+
+    Raises :class:`reference.errors.InputError` for an unknown name or an unreadable file.
+    """
+    if name == TINY:
+        path = EMBEDDED / "tiny.safetensors"
+        return Model(name, load_checkpoint(str(path)), _hash_files([path]))
+    if looks_like_path(name):
+        weights = load_checkpoint(name)
+        return Model(name, weights, content_hash(Path(name)))
+    config = _preset(name)
+    weights = _kept(synthetic(name, seed), config)
+    return Model(name, weights, hashlib.sha256(f"synthetic 1 {config} {seed}".encode()).hexdigest())
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a model name is meant as a path: it exists, or has a folder or a file ending in it."""
+    return os.sep in name or "/" in name or Path(name).exists() or bool(Path(name).suffix)
+
+
+def _preset(name: str) -> Config:
+    try:
+        return preset(name)
+    except ConfigError:
+        near = difflib.get_close_matches(name.lower(), model_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"no model {name!r}; {hint}models: {', '.join(model_names())}, or the path of a checkpoint"
+        ) from None
+
+
+def _kept(weights: Weights, config: Config) -> Weights:
+    """Synthetic tensors are made at every read; keep them as stored where half the free memory takes them."""
+    if weights.nbytes * 2 > available_bytes():
+        return weights
+    made: dict[str, np.ndarray] = {}
+
+    def once(name: str, tensor: Tensor) -> Tensor:
+        def read() -> np.ndarray:
+            if name not in made:
+                made[name] = tensor.read()
+            return made[name]
+
+        return Tensor(tensor.stored, tensor.shape, read)
+
+    return weights.map(once)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 over a checkpoint file, or over the weight files and config of a folder.
+
+    Remembered per path, size and time of change, because a 7B file takes a minute to read.
+    """
+    kinds = (".json", ".bin", ".safetensors")
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in kinds)
+    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    note = cache_folder() / "sha256" / key
+    try:
+        return note.read_text().strip()
+    except OSError:
+        pass
+    digest = _hash_files(files)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(digest)
+    except OSError:
+        pass  # a cache that cannot be written is done without
+    return digest
+
+
+def _hash_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(files):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(files: list[Path]) -> Iterator[bytes]:
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                yield block
+
+
+def gate_tokens(model: Model, n: int, seed: int = 0) -> list[int]:
+    """The prompt of the parity gate: ``n`` ids of real text where the tokenizer is at hand, else random ids."""
+    text = (EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
+    try:
+        ids = [int(i) for i in model.tokenizer().encode(text[: 16 * n])]
+        return (ids * (n // len(ids) + 1))[:n]
+    except InputError:
+        rng = np.random.default_rng(seed)
+        return [int(i) for i in rng.integers(0, model.config.n_vocab, n)]

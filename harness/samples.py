@@ -1,0 +1,126 @@
+"""What measuring is asked for and what it gives: workload, sampling, raw samples. Plain data, JSON in and out.
+
+Needs only the standard library, and Python 3.9, because foreign interpreters run it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reference.errors import InputError
+
+REPEATS_REACHED = "repeats reached"
+TIME_BUDGET = "time budget"
+SINGLE_CALL = "single call"  # a first call cannot be repeated
+
+LOOP, GREEDY = "loop", "greedy"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Length of the prompt and of the continuation, in tokens, and sequences side by side.
+
+    Raises :class:`InputError` for a length that cannot be.
+    """
+
+    prompt_tokens: int
+    decode_tokens: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_tokens", 1), ("decode_tokens", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"workload: {name} is {getattr(self, name)}; at least {least} is needed")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much to measure.
+
+    repeats   timed samples wanted
+    warmup    samples taken and kept apart first
+    budget_s  seconds after which measuring ends early, warm-up and untimed work included; None: no limit
+    minimum   timed samples taken even when the budget is spent (never more than ``repeats``)
+
+    Raises :class:`InputError` for a number that cannot be.
+    """
+
+    repeats: int = 10
+    warmup: int = 1
+    budget_s: float | None = None
+    minimum: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("repeats", 1), ("warmup", 0), ("minimum", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"sampling: {name} is {getattr(self, name)}; at least {least} is needed")
+        if self.budget_s is not None and not 0 <= self.budget_s < math.inf:
+            raise InputError(f"sampling: budget_s is {self.budget_s}; seconds, 0 or more, are needed")
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The first logit that was NaN or infinite while measuring.
+
+    phase   ``prompt`` (untimed, before decode), ``warm-up`` or ``sample``
+    sample  which warm-up or timed sample, from 0
+    step    decode step within it, from 0; 0 for a prefill. Decode step n is, for the driver ``greedy``
+            whose own logits are out of sight, the one step run after a block of n
+    index   position in the logits
+    value   ``nan``, ``inf`` or ``-inf``; NaN is looked for first
+    """
+
+    phase: str
+    sample: int
+    step: int
+    index: int
+    value: str
+
+    def __str__(self) -> str:
+        return f"logit {self.index} is {self.value} at step {self.step} of {self.phase} {self.sample}"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Raw times of one quantity, as measured.
+
+    tokens          tokens processed in each sample
+    ns              one time per sample
+    warmup_ns       times of the warm-up samples, for whoever asks if it was long enough
+    stopped         why measuring ended: ``repeats reached``, ``time budget`` or ``single call``
+    driver          decode only: ``loop`` over forward, or the backend's own ``greedy``
+    first_token_ns  prefill only: prompt to token id, taken in the same samples as ``ns``
+    steps           ``loop`` only: per sample, the time of each step; they sum to ``ns``
+    ids             decode: token ids chosen in the first sample
+    ids_varied      decode: a later sample, from the same state, chose other ids
+    non_finite_at   the first NaN or Inf seen; times after it are still recorded
+    """
+
+    tokens: int
+    ns: tuple[int, ...]
+    stopped: str
+    warmup_ns: tuple[int, ...] = ()
+    driver: str | None = None
+    first_token_ns: tuple[int, ...] = ()
+    steps: tuple[tuple[int, ...], ...] = ()
+    ids: tuple[int, ...] = ()
+    ids_varied: bool = False
+    non_finite_at: NonFinite | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` is the inverse."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> Samples:
+        """What :meth:`to_dict` gave, also after a journey through JSON."""
+        known = dict(fields)
+        for name in ("ns", "warmup_ns", "first_token_ns", "ids"):
+            known[name] = tuple(known.get(name, ()))
+        known["steps"] = tuple(tuple(steps) for steps in known.get("steps", ()))
+        found = known.get("non_finite_at")
+        known["non_finite_at"] = NonFinite(**found) if found else None
+        return Samples(**known)

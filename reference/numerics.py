@@ -1,0 +1,167 @@
+"""Float formats and arithmetics: what a backend's rounding must cost, emulated in numpy.
+
+The forward pass (:mod:`reference.forward`) takes one of these as its arithmetic:
+
+* :class:`Exact` computes in float32 or float64 and rounds nothing further. Float64 is *truth*.
+* :class:`Emulated` computes as declared by an :class:`Arithmetic`: every operation's result is
+  rounded to the declared type, as IEEE 754 hardware does, and every matrix product is
+  accumulated as a chain of partial sums in an order drawn from a seed. One draw is one run that a
+  correct backend of that arithmetic could have made; the spread over draws is what is unavoidable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from reference.weights import Tensor, bf16_to_f32, f32_to_bf16
+
+Rounding = Callable[[np.ndarray], np.ndarray]
+
+#: Upcast at most this many weights at a time (128 MiB in float32).
+_BLOCK_ELEMENTS = 1 << 25
+
+#: Links of the chain of partial sums in an emulated matrix product. A GEMM micro-kernel adds the
+#: products of one output one after the other, over blocks of a few hundred (OpenBLAS, MKL and cuBLAS
+#: all block K by 192 to 512), so a chain of this length rounds as often as they do.
+_CHAIN = 256
+
+
+def _to_fp32(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32, copy=False)
+
+
+def _to_fp16(x: np.ndarray) -> np.ndarray:
+    """Round to IEEE half; beyond 65504 + half a step it is Inf, as in hardware."""
+    return x.astype(np.float16).astype(np.float32)
+
+
+def _to_bf16(x: np.ndarray) -> np.ndarray:
+    return bf16_to_f32(f32_to_bf16(x))
+
+
+def int8_per_block(x: np.ndarray, block: int = 32) -> np.ndarray:
+    """Round ``x (..., K)`` to int8 per block of 32 along K: ggml's Q8_0 of activations.
+
+    The scale is ``max|x| / 127`` of its block, kept in fp16 as ggml keeps it. A last block that is
+    not full has a scale of its own.
+    """
+    k = x.shape[-1]
+    padded = np.zeros((*x.shape[:-1], -(-k // block) * block), dtype=np.float32)
+    padded[..., :k] = x
+    blocks = padded.reshape(*x.shape[:-1], -1, block)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    # A scale that is subnormal in float32 is zero in fp16, and so is the block.
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
+    rounded = np.round(blocks * inverse) * _to_fp16(scale)
+    return np.asarray(rounded.reshape(padded.shape)[..., :k])
+
+
+#: Type name -> rounding to it. ``int8x32`` rounds matrix-product inputs only; see :class:`Emulated`.
+ROUND: dict[str, Rounding] = {"fp32": _to_fp32, "fp16": _to_fp16, "bf16": _to_bf16}
+
+#: Unit roundoff: the largest relative error of one rounding to the type.
+UNIT_ROUNDOFF: dict[str, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8x32": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a backend computes, as it declares it.
+
+    activations   result of every operation: ``fp32``, ``fp16``, ``bf16``; or ``int8x32``: inputs of
+                  matrix products rounded to int8 per block of 32, everything else fp32
+    accumulation  partial sums of matrix products
+    residual      the stream ``x`` that each block adds to
+    wkv           the WKV recurrence and its state
+    """
+
+    activations: str = "fp32"
+    accumulation: str = "fp32"
+    residual: str = "fp32"
+    wkv: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("activations", "accumulation", "residual", "wkv"):
+            value = getattr(self, name)
+            allowed = (*ROUND, "int8x32") if name == "activations" else tuple(ROUND)
+            if value not in allowed:
+                raise ValueError(f"arithmetic: {name} is {value!r}; known: {', '.join(allowed)}")
+
+    def __str__(self) -> str:
+        if self.accumulation == self.residual == self.wkv == self.activations:
+            return self.activations
+        return f"{self.activations}/acc {self.accumulation}/res {self.residual}/wkv {self.wkv}"
+
+
+class Op(Protocol):
+    """What the forward pass asks of an arithmetic: a compute type, three roundings, a matrix product."""
+
+    dtype: np.dtype[Any]
+
+    def act(self, x: np.ndarray, /) -> np.ndarray:
+        """Result of an operation."""
+
+    def residual(self, x: np.ndarray, /) -> np.ndarray:
+        """Result of an addition to the residual stream."""
+
+    def wkv(self, x: np.ndarray, /) -> np.ndarray:
+        """Result of an operation inside the WKV recurrence."""
+
+    def linear(self, x: np.ndarray, weight: Tensor, /) -> np.ndarray:
+        """``x (T, K)`` times ``weight (N, K)`` transposed -> ``(T, N)``."""
+
+
+class Exact:
+    """Float32 or float64 arithmetic, nothing rounded beyond it."""
+
+    def __init__(self, dtype: Any = np.float32) -> None:
+        self.dtype = np.dtype(dtype)
+
+    def act(self, x: np.ndarray, /) -> np.ndarray:
+        return x
+
+    residual = wkv = act
+
+    def linear(self, x: np.ndarray, weight: Tensor, /) -> np.ndarray:
+        blocks = [x @ weight.rows(rows, self.dtype).T for rows in row_blocks(weight)]
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+
+
+class Emulated:
+    """One draw of a declared arithmetic; ``seed`` decides the order of every summation."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, arithmetic: Arithmetic, seed: int = 0) -> None:
+        self.arithmetic = arithmetic
+        self.act = ROUND.get(arithmetic.activations, _to_fp32)
+        self.residual = ROUND[arithmetic.residual]
+        self.wkv = ROUND[arithmetic.wkv]
+        self._accumulate = ROUND[arithmetic.accumulation]
+        self._inputs = int8_per_block if arithmetic.activations == "int8x32" else _to_fp32
+        self._order = np.random.default_rng(seed)
+
+    def linear(self, x: np.ndarray, weight: Tensor, /) -> np.ndarray:
+        x = self._inputs(x)
+        width = -(-x.shape[1] // _CHAIN)
+        columns = np.arange(0, x.shape[1], width)
+        self._order.shuffle(columns)
+        out = np.empty((x.shape[0], weight.shape[0]), dtype=np.float32)
+        for rows in row_blocks(weight):
+            w = np.ascontiguousarray(weight.rows(rows, np.float32).T)  # (K, N)
+            total = np.zeros((x.shape[0], w.shape[1]), dtype=np.float32)
+            for c in columns:
+                total = self._accumulate(np.add(total, x[:, c : c + width] @ w[c : c + width], out=total))
+            out[:, rows] = total
+        return self.act(out)
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Slices of a matrix's rows, each small enough to be upcast at once. A float32 matrix is one slice."""
+    n, k = weight.shape
+    step = n if weight.stored in ("f32", "f64") else max(1, _BLOCK_ELEMENTS // k)
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))

@@ -1,0 +1,207 @@
+"""Rows -> the prefill/decode table, one line a cell, as text for people or as data for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.rows import FIELDS, Row, cell
+
+#: Fields that are one line of raw data too many for a spreadsheet; the JSON formats have them.
+_NOT_IN_CSV = ("samples", "steps", "config", "hardware_detail", "interval", "workload", "first_bad")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header, lines of equal length, a title that says what all lines share, and notes below."""
+
+    title: str
+    header: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+def speed_table(rows: Sequence[Row]) -> Table:
+    """One line per cell: parity with error and bound, prefill, decode, first token, memory.
+
+    A cell that did not pass shows its verdict where a speed would stand. Columns whose value is the
+    same in every line move to the title.
+    """
+    cells = _cells(rows)
+    shared, keys = _shared(cells)
+    timed = any(row.metric in ("prefill", "decode") for row in rows)
+    header = (*keys, "parity", "error ≤ bound")
+    if timed:
+        header = (*header, "prefill tok/s", "decode tok/s", "1st token", "memory")
+    lines = [(*(_key(group, key) for key in keys), *_figures(group, timed)) for group in cells]
+    return Table(_title(rows, shared), header, tuple(lines), tuple(_notes(cells)))
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """The speed table of what was run here, and a table of its own for what others have published."""
+    ran = [row for row in rows if row.kind in ("measured", "recorded")]
+    claimed = [row for row in rows if row.kind not in ("measured", "recorded")]
+    return [table for table in (ran and speed_table(ran), claimed and claims_table(claimed)) if table]
+
+
+def claims_table(rows: Sequence[Row]) -> Table:
+    """Published and predicted rows: labelled as such, with their source, and without a verdict."""
+    lines = [
+        (row.hardware, row.backend, row.model, row.scheme, row.metric, f"{_number(row.value)} {row.unit}", row.kind)
+        for row in rows
+    ]
+    header = ("hardware", "backend", "model", "scheme", "metric", "value", "kind")
+    sources = dict.fromkeys(str(row.extra["source"]) for row in rows if "source" in row.extra)
+    return Table("published figures, not measured here", header, tuple(lines), tuple(f"source: {s}" for s in sources))
+
+
+def markdown(table: Table) -> str:
+    """GitHub-flavoured Markdown."""
+    rule = ["---"] * len(table.header)
+    body = [table.header, rule, *table.lines]
+    text = "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in body)
+    notes = "".join(f"\n- {note}" for note in table.notes)
+    return f"**{table.title}**\n\n{text}\n" + (f"{notes}\n" if notes else "")
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Every row, one line each, raw samples left out."""
+    out = io.StringIO()
+    names = [name for name in FIELDS if name not in _NOT_IN_CSV]
+    names += ["prompt_tokens", "decode_tokens", "interval_low", "interval_high"]
+    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        record: dict[str, Any] = row.to_dict()
+        record.update(record.get("workload") or {})
+        record["interval_low"], record["interval_high"] = row.interval or ("", "")
+        writer.writerow(record)
+    return out.getvalue()
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One cell in one line: ``PASS, prefill 9100 tok/s, decode 610 tok/s``."""
+    by_metric = {row.metric: row for row in rows}
+    parity = by_metric.get("parity")
+    words = [_verdict(rows)]
+    if parity is not None and words[0] != "PASS" and parity.reason:
+        words.append(parity.reason)
+    speeds = [m for m in ("prefill", "decode") if m in by_metric and by_metric[m].value is not None]
+    return ", ".join(words + [f"{m} {_number(by_metric[m].value)} tok/s" for m in speeds])
+
+
+def _cells(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one cell together, in the order in which the cells first appear."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.run, *(part for part in cell(row) if part != row.driver))
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+_KEYS = ("hardware", "model", "backend", "scheme", "threads")
+
+
+def _shared(cells: Sequence[Sequence[Row]]) -> tuple[dict[str, str], list[str]]:
+    """What all cells have in common, and the keys that need a column; backend and scheme always do."""
+    values = {key: {_key(group, key) for group in cells} for key in _KEYS}
+    columns = [key for key in _KEYS if key in ("backend", "scheme") or len(values[key]) > 1]
+    return {key: next(iter(values[key])) for key in _KEYS if key not in columns and values[key]}, columns
+
+
+def _key(group: Sequence[Row], key: str) -> str:
+    value = getattr(group[0], key)
+    return "" if value is None else str(value)
+
+
+def _title(rows: Sequence[Row], shared: dict[str, str]) -> str:
+    words = []
+    if "model" in shared:
+        synthetic = any(row.synthetic for row in rows)
+        words.append(f"model {shared['model']}" + (" (synthetic weights)" if synthetic else ""))
+    detail = next((row.hardware_detail for row in rows if row.hardware_detail), None)
+    if "hardware" in shared:
+        name = str(dict(detail).get("name", "")) if detail else ""
+        words.append(shared["hardware"] + (f" ({name})" if name else ""))
+    if shared.get("threads"):
+        words.append(f"{shared['threads']} thread" + "s" * (shared["threads"] != "1"))
+    work = {row.workload for row in rows if row.workload is not None and row.metric in ("prefill", "decode")}
+    if len(work) == 1:
+        only = work.pop()
+        words.append(f"prompt {only.prompt_tokens}, decode {only.decode_tokens} tokens")
+    return " · ".join(words) or "results"
+
+
+def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
+    by_metric = {row.metric: row for row in group}
+    verdict = _verdict(group)
+    parity = next((row for row in group if row.verdict == verdict and row.error is not None), None)
+    judged = (verdict, _error(parity))
+    if not timed:
+        return judged
+    if verdict != "PASS":
+        return (*judged, verdict, verdict, "", "")
+    peak = max((row.peak_bytes for row in group if row.peak_bytes is not None), default=None)
+    first = by_metric.get("time_to_first_token")
+    return (
+        *judged,
+        _speed(by_metric.get("prefill")),
+        _speed(by_metric.get("decode")),
+        "" if first is None or first.value is None else _seconds(first.value),
+        "" if peak is None else _bytes(peak),
+    )
+
+
+def _verdict(group: Sequence[Row]) -> str:
+    """The worst verdict of the group: a cell passes if all of it does."""
+    order = ("CRASHED", "TIMEOUT", "FAIL", "UNAVAILABLE", "UNSUPPORTED", "PASS")
+    found = {row.verdict for row in group}
+    return next((verdict for verdict in order if verdict in found), "")
+
+
+def _error(row: Row | None) -> str:
+    if row is None or row.error is None or row.bound is None:
+        return ""
+    relation = "≤" if row.error <= row.bound else ">"
+    return f"{row.error:.1e} {relation} {row.bound:.1e}"
+
+
+def _speed(row: Row | None) -> str:
+    """``1234 ±2%``: the interval's wider half; a value without interval stands alone."""
+    if row is None or row.value is None:
+        return "" if row is None else str(row.verdict)
+    text = _number(row.value)
+    if row.interval is None:
+        return text
+    half = max(row.interval[1] - row.value, row.value - row.interval[0]) / row.value
+    return f"{text} ±{100 * half:.0f}%" if half >= 0.005 else f"{text} ±{100 * half:.1f}%"
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, whole numbers whole."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _bytes(value: int) -> str:
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:
+    """Why a cell has no figures, and what else was noticed; each once."""
+    notes = []
+    for group in cells:
+        for row in group:
+            if row.verdict not in ("PASS", None) and row.reason and not row.reason.startswith("not timed"):
+                notes.append(f"{row.backend} {row.scheme}: {row.verdict}: {row.reason}")
+            elif row.verdict == "PASS" and row.reason and ("looser" in row.reason or "varied" in row.reason):
+                notes.append(f"{row.backend} {row.scheme}: {row.reason}")
+    return list(dict.fromkeys(notes))

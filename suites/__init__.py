@@ -1,0 +1,1 @@
+"""pytest front ends over the harness."""

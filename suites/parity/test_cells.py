@@ -1,0 +1,126 @@
+"""Every backend × scheme × device against the reference: logits and state, however the prompt is run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from backends.api import StateAccess
+from harness.compare import logits_error, state_error
+from harness.models import Model, gate_tokens
+from harness.parity import Check, Gate, gate, length_check
+from harness.plan import Cell
+from harness.session import Opened, open_session
+from harness.tolerance import K, Truth, derive
+from reference.config import Config
+from reference.forward import forward
+from reference.schemes import apply
+from reference.synthetic import synthetic
+
+#: The fixtures hold a loaded session, which is meant to serve every example.
+RELAXED = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def judge(cell: Cell, *checks: Check) -> None:
+    """Fail with backend, scheme, place, error and bound."""
+    bad = [str(check) for check in checks if not check.passed]
+    if not checks or bad:
+        pytest.fail(f"{cell}: " + ("; ".join(bad) or "nothing was compared"), pytrace=False)
+
+
+def judge_gate(cell: Cell, found: Gate) -> None:
+    judge(cell, *found.logits, *found.state)
+
+
+def test_gate(cell: Cell, opened: Opened, truth: Truth) -> None:
+    """Decode, prefill, chunks, replay, scoring, greedy, state and handover on the model's own prompt."""
+    judge_gate(cell, gate(opened.session, truth))
+
+
+def test_long_prompt(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
+    """A prompt of the timed length in one call equals the same in short calls."""
+    judge(cell, length_check(opened.session, gate_tokens(model, cell.workload.prompt_tokens), truth))
+
+
+@RELAXED
+@given(data=st.data())
+def test_any_chunking(cell: Cell, opened: Opened, truth: Truth, data: st.DataObject) -> None:
+    """However the prompt is cut, the last logits and the state are those of truth."""
+    n = len(truth.tokens)
+    cuts = sorted({0, n, *data.draw(st.lists(st.integers(1, n - 1), max_size=5), "cuts")})
+    state, logits = None, np.empty(0)
+    for a, b in pairwise(cuts):
+        logits, state = opened.session.forward(truth.tokens[a:b], state)
+    error = logits_error(logits[None], truth.logits[-1:], truth.unit)
+    judge(cell, Check("chunking", "worst position", error.worst, K * truth.e_worst, f"cuts {cuts}"))
+    if isinstance(opened.session, StateAccess):
+        state_off = state_error(opened.session.export_state(state), truth.state)
+        judge(cell, Check("chunking", "worst state row", state_off.worst, K * truth.e_state_worst, f"cuts {cuts}"))
+
+
+@RELAXED
+@given(data=st.data())
+def test_no_state_is_mutated(cell: Cell, opened: Opened, truth: Truth, data: st.DataObject) -> None:
+    """Old states, used in any order and any number of times, give what they gave first."""
+    states, state = [], None
+    for token in truth.tokens[:8]:
+        _, state = opened.session.forward([token], state)
+        states.append(state)
+    for position in data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=6), "positions"):
+        logits, _ = opened.session.forward(truth.tokens[position : position + 1], states[position - 1])
+        error = logits_error(logits[None], truth.logits[position : position + 1], truth.unit)
+        judge(cell, Check("replay", "worst position", error.worst, K * truth.e_worst, f"position {position}"))
+
+
+@RELAXED
+@given(half=st.integers(1, 47))
+def test_the_reference_continues_its_state(cell: Cell, opened: Opened, truth: Truth, model: Model, half: int) -> None:
+    """A state exported anywhere is continued by another implementation on the same weights."""
+    if not isinstance(opened.session, StateAccess):
+        pytest.skip(f"{cell.backend} does not show its state")
+    _, state = opened.session.forward(truth.tokens[:half], None)
+    exported = opened.session.export_state(state)
+    logits, _ = forward(apply(model.weights, cell.scheme), truth.tokens[half:], exported)
+    error = logits_error(logits[None], truth.logits[-1:], truth.unit)
+    judge(cell, Check("handover", "worst position", error.worst, K * truth.e_worst, f"after token {half}"))
+
+
+def test_threads_do_not_matter(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
+    """One thread and two give the same within the bound of either."""
+    if not opened.info.thread_control or cell.hardware.device != "cpu":
+        pytest.skip(f"{cell.backend} on {cell.hardware.device} has no CPU threads to set")
+    for threads in (1, 2):
+        with open_session(cell.backend, model, cell.scheme, cell.hardware.device, threads) as other:
+            logits, _ = other.session.forward(truth.tokens, None)
+        error = logits_error(logits[None], truth.logits[-1:], truth.unit)
+        judge(cell, Check(f"{threads} threads", "worst position", error.worst, K * truth.e_worst, "prefill"))
+
+
+@RELAXED
+@given(
+    n_layer=st.integers(1, 3),
+    width=st.sampled_from([32, 64, 96]),
+    n_vocab=st.integers(2, 300),
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([0.25, 1.0, 2.0]),
+    length=st.integers(33, 60),
+)
+def test_shapes_and_scales(
+    cell: Cell, opened: Opened, n_layer: int, width: int, n_vocab: int, seed: int, scale: float, length: int
+) -> None:
+    """Other shapes, other sizes of weights, other prompts than the embedded model's."""
+    config = Config(n_layer=n_layer, n_embd=width, n_ffn=4 * width, n_vocab=n_vocab)
+    weights = synthetic(config, seed, scale)
+    tokens = np.random.default_rng(seed).integers(0, n_vocab, length)
+    truth = derive(weights, cell.scheme, opened.arithmetic, tokens)
+    with open_session(cell.backend, weights, cell.scheme, cell.hardware.device, cell.threads) as other:
+        judge_gate(cell, gate(other.session, truth))

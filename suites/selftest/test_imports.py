@@ -1,0 +1,98 @@
+"""Data flows one way: which package may import which, read from every file's imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("reference", "backends", "harness", "suites", "reports")
+
+#: Package -> what it may import of the others; a value may name single modules.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "reference": ("reference",),
+    "backends": ("reference", "backends.api"),
+    "harness": ("harness", "reference", "backends.api", "backends.index"),
+    "reports": ("reports", "harness.store", "harness.rows", "harness.stats", "reference.schemes"),
+    "suites": PACKAGES,
+}
+
+#: Third-party packages a folder may import anywhere; single files below may import more.
+THIRD_PARTY: dict[str, tuple[str, ...]] = {
+    "reference": ("numpy",),
+    "backends": ("numpy",),
+    "harness": ("numpy", "psutil", "rich"),
+    "reports": ("rich",),
+}
+
+#: File -> more that it, and only it, may import.
+EXCEPTIONS: dict[str, tuple[str, ...]] = {
+    "harness/cli.py": ("reports",),  # the entry point joins measuring and reporting
+    "reference/tokenizer_pile.py": ("tokenizers",),
+    "backends/numpy_reference.py": ("threadpoolctl",),
+    # Loaded by load() only; test_no_runtime_at_import holds the package itself to that.
+    "backends/torch_eager/model.py": ("torch",),
+    "backends/torch_eager/session.py": ("torch",),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def forbidden(path: Path) -> list[str]:
+    """Imports of a file that its package must not have."""
+    relative = path.relative_to(ROOT).as_posix()
+    package = relative.split("/")[0]
+    own = relative.removesuffix(".py").replace("/", ".")
+    ours = (*ALLOWED[package], *EXCEPTIONS.get(relative, ()))
+    theirs = (*THIRD_PARTY.get(package, ()), *EXCEPTIONS.get(relative, ()))
+    bad = []
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top in PACKAGES:
+            inside = own.rsplit(".", 1)[0] + "." if own.count(".") > 1 else own  # a package backend's own files
+            allowed = any(name == a or name.startswith(f"{a}.") for a in ours) or name.startswith(inside)
+        else:
+            allowed = top in sys.stdlib_module_names or package == "suites" or top in theirs
+        if not allowed:
+            bad.append(name)
+    return bad
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_forbidden_arrow(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {path.relative_to(ROOT).as_posix(): bad for path in files if (bad := forbidden(path))}
+    assert not wrong
+
+
+def test_the_check_sees_a_forbidden_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    (folder / "bad.py").write_text("def f():\n    import torch\n    from harness import cli\n")
+    assert sorted(forbidden(folder / "bad.py")) == ["harness.cli", "torch"]
+
+
+@pytest.mark.parametrize("name", ["harness.cli", "backends.torch_eager", "harness.run", "reference", "harness.listing"])
+def test_no_runtime_at_import(name: str) -> None:
+    """Importing never pulls a heavy runtime; only ``load`` does."""
+    code = (
+        f"import sys, {name}; print(*(m for m in ('torch', 'pandas', 'matplotlib', 'tokenizers') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,123 @@
+"""Emulated formats against independent ones, and the emulated forward pass against its purpose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from harness.compare import logits_error
+from reference.config import Config
+from reference.forward import forward
+from reference.numerics import ROUND, UNIT_ROUNDOFF, Arithmetic, Emulated, Exact, int8_per_block
+from reference.synthetic import synthetic
+from reference.weights import Tensor, bf16_to_f32, f32_to_bf16
+
+FLOATS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32))
+
+
+@settings(deadline=None)
+@given(FLOATS)
+def test_bf16_is_torchs(x: np.ndarray) -> None:
+    torch = pytest.importorskip("torch", reason="torch is the independent bfloat16")
+    want = torch.from_numpy(x.copy()).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(bf16_to_f32(f32_to_bf16(x)), want)
+
+
+@settings(deadline=None)
+@given(
+    hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-1e4, 1e4, width=32)),
+    st.sampled_from(["fp16", "bf16"]),
+)
+def test_rounding_is_idempotent_and_within_the_unit_roundoff(x: np.ndarray, kind: str) -> None:
+    once = ROUND[kind](x)
+    np.testing.assert_array_equal(ROUND[kind](once), once)
+    smallest_normal = {"fp16": 2.0**-14, "bf16": 2.0**-126}[kind]
+    normal = np.abs(x) >= smallest_normal
+    assert (np.abs(once - x)[normal] <= UNIT_ROUNDOFF[kind] * np.abs(x)[normal]).all()
+
+
+def test_fp16_overflow_is_infinite() -> None:
+    with np.errstate(over="ignore"):
+        assert ROUND["fp16"](np.array([65519.0, 65520.0, -7e4], np.float32)).tolist() == [65504.0, np.inf, -np.inf]
+
+
+@settings(deadline=None)
+@given(
+    hnp.arrays(
+        np.float32, (3, 96), elements=st.floats(2.0**-10, 100, width=32) | st.floats(-100, -(2.0**-10), width=32)
+    )
+)
+def test_int8_blocks_are_ggmls(x: np.ndarray) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is the independent Q8_0")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    want = gguf.dequantize(gguf.quantize(x, kind), kind)
+    got = int8_per_block(x)
+    step = np.repeat(np.abs(x.reshape(3, 3, 32)).max(-1), 32).reshape(x.shape) / 127
+    # Ties are rounded to even here and away from zero there: at most one step, and only at a tie.
+    off = got != want
+    assert (np.abs(got - want) <= step * 1.001).all()
+    assert off.mean() <= 0.5 or not np.any(np.abs((x / np.maximum(step, 1e-30)) % 1 - 0.5)[off] > 1e-3)
+
+
+def test_a_ragged_last_block_has_its_own_scale() -> None:
+    x = np.concatenate([np.full(32, 1000.0), np.full(3, 0.001)]).astype(np.float32)[None]
+    np.testing.assert_allclose(int8_per_block(x), x, rtol=1e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from(["fp32", "fp16", "bf16", "int8x32"]))
+def test_linear_is_a_matrix_product(seed: int, k: int, activations: str) -> None:
+    """Within the forward error bound gamma_n of a sum of n products (Higham, 2002, section 3.1)."""
+    rng = np.random.default_rng(seed)
+    x, w = rng.standard_normal((4, k)).astype(np.float32), rng.standard_normal((6, k)).astype(np.float32)
+    got = Emulated(Arithmetic(activations), seed).linear(ROUND.get(activations, ROUND["fp32"])(x), Tensor.of(w))
+    size = np.abs(x).astype(np.float64) @ np.abs(w).T
+    exact = x.astype(np.float64) @ w.T
+    gamma = k * 2.0**-24 * 1.1 + {"fp32": 0.0}.get(activations, 4 * UNIT_ROUNDOFF[activations])
+    if activations == "int8x32":
+        largest = np.abs(x).max(axis=1, keepdims=True) / 127 * np.abs(w).sum(axis=1)
+        assert (np.abs(got - exact) <= largest + gamma * size).all()
+    else:
+        assert (np.abs(got - exact) <= gamma * size).all()
+
+
+def test_wider_arithmetic_is_closer() -> None:
+    weights = synthetic(Config(3, 64, 256, 97), 3).in_memory()
+    tokens = np.random.default_rng(3).integers(0, 97, 40)
+    truth, _ = forward(weights, tokens, all_logits=True, dtype=np.float64)
+    kinds = [
+        Arithmetic(),
+        Arithmetic("fp16"),
+        Arithmetic("fp16", "fp32", "fp16"),
+        Arithmetic("fp16", "fp16", "fp16", "fp16"),
+        Arithmetic("bf16", "fp32", "bf16"),
+    ]
+    errors = [
+        logits_error(forward(weights, tokens, all_logits=True, arithmetic=a, seed=1)[0], truth).rms for a in kinds
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 1e-6 < errors[1] < 1e-2
+
+
+def test_seeds_draw_different_summation_orders() -> None:
+    weights = synthetic(Config(2, 64, 256, 97), 3).in_memory()
+    draws = [forward(weights, [1, 2, 3], arithmetic=Arithmetic(), seed=seed)[0] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert (draws[0] != draws[2]).any()
+
+
+def test_a_large_matrix_is_upcast_in_parts() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((70_000, 512)).astype(np.float16)  # 36 M elements: two blocks
+    x = rng.standard_normal((2, 512)).astype(np.float32)
+    np.testing.assert_allclose(Exact().linear(x, Tensor.of(w)), x @ w.astype(np.float32).T, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="activations is 'fp8'; known: fp32"):
+        Arithmetic("fp8")
+    with pytest.raises(ValueError, match="wkv is 'int8x32'"):
+        Arithmetic(wkv="int8x32")

@@ -1,0 +1,196 @@
+"""The judge is judged: the clean control passes, every scripted fault is caught and named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends import faulty
+from backends.faulty import FAULTS
+from harness.compare import logits_error
+from harness.parity import Check, Gate, gate, length_check, worst
+from harness.tolerance import K, Truth, derive
+from reference.config import Config
+from reference.forward import forward
+from reference.numerics import Arithmetic
+from reference.synthetic import synthetic
+from reference.weights import Tensor, Weights
+
+CONFIG = Config(3, 64, 256, 120)
+WEIGHTS = synthetic(CONFIG, 2).in_memory()
+TOKENS = np.random.default_rng(2).integers(0, CONFIG.n_vocab, 48)
+
+#: Fault -> what the first failing check must say.
+CAUGHT = {
+    "nan": "decode: NaN at position 39, token 7",
+    "inf": "decode: Inf at position 39, token 7",
+    "drift": "decode (position",
+    "late": "decode (position 4",
+    "state": "decode (position 1",
+    "mutation": "replay of position 1",
+    "second-call": "decode (position",
+    "dtype": "position 0: returned float64, not float32",
+    "shape": "position 0: returned shape (119,), not (120,)",
+    "list": "position 0: returned list, not a numpy array",
+    "empty": "position 0: returned shape (0,), not (120,)",
+}
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    return derive(WEIGHTS, "fp32", Arithmetic(), TOKENS)
+
+
+def judged(fault: str, truth: Truth) -> Gate:
+    return gate(faulty.load(WEIGHTS, "fp32", fault, None), truth)
+
+
+def test_the_clean_control_passes(truth: Truth) -> None:
+    found = judged("clean", truth)
+    assert found.passed
+    assert found.first_bad is None
+    assert {check.name for check in found.logits} >= {
+        "decode",
+        "prefill",
+        "chunks",
+        "handover",
+        "replay of position 47",
+    }
+    assert {check.name for check in found.state} == {"state after decode", "state after prefill"}
+
+
+@pytest.mark.parametrize("fault", CAUGHT)
+def test_every_fault_is_caught_and_named(fault: str, truth: Truth) -> None:
+    found = judged(fault, truth)
+    assert not found.passed
+    assert CAUGHT[fault] in str(found.first_bad)
+
+
+def test_the_list_of_faults_is_complete() -> None:
+    assert set(FAULTS) == {*CAUGHT, "clean", "exception"}
+
+
+def test_an_exception_is_the_callers_to_report(truth: Truth) -> None:
+    with pytest.raises(RuntimeError, match="kernel launch failed"):
+        judged("exception", truth)
+
+
+def test_an_empty_gate_has_proved_nothing() -> None:
+    assert not Gate((), ()).passed
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), 2.0])
+def test_a_check_fails_unless_the_error_is_known_to_be_small(error: float) -> None:
+    check = Check("decode", "rms", error, 1.0, "here")
+    assert not check.passed
+    assert not Gate((check,), ()).passed
+    assert worst([Check("other", "rms", 0.9, 1.0, "there"), check]) is check
+
+
+class Long(faulty.FaultySession):
+    """Right for every prompt of up to 64 tokens, and with a wrong state after longer ones."""
+
+    def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+        logits, new = super().forward(tokens, state)
+        if len(tokens) > 64:
+            new[1][0, 0, 3] += 0.01
+        return logits, new
+
+
+def test_an_error_of_long_prompts_only_is_found_by_the_length_check(truth: Truth) -> None:
+    prompt = np.random.default_rng(3).integers(0, CONFIG.n_vocab, 200).tolist()
+    session = Long(WEIGHTS, "clean")
+    assert gate(session, truth).passed
+    bad = length_check(session, prompt, truth)
+    assert not bad.passed
+    assert "200 tokens in one call" in str(bad)
+    assert length_check(faulty.FaultySession(WEIGHTS, "clean"), prompt, truth).passed
+
+
+class Greedy(faulty.FaultySession):
+    """A greedy loop that feeds the second most likely token."""
+
+    rank = -2
+
+    def greedy(self, token: int, state: Any, n: int) -> tuple[np.ndarray, Any]:
+        ids = []
+        for _ in range(n):
+            logits, state = self.forward([token], state)
+            token = int(np.argsort(logits)[self.rank])
+            ids.append(token)
+        return np.array(ids), state
+
+
+def test_a_greedy_loop_that_chooses_otherwise_is_caught(truth: Truth) -> None:
+    assert "greedy" in str(gate(Greedy(WEIGHTS, "clean"), truth).first_bad)
+    right = Greedy(WEIGHTS, "clean")
+    right.rank = -1
+    assert gate(right, truth).passed
+
+
+# The bound itself.
+
+
+def test_the_bound_is_k_times_the_error_of_the_arithmetic(truth: Truth) -> None:
+    """fp32 weights in fp32: e is some units of 2^-24, grown over three layers, nothing like 1e-3."""
+    assert 2.0**-24 < truth.e_rms < 1e-5
+    ratios = truth.logits_ratios(logits_error(truth.logits, truth.logits))
+    assert all(error == 0 for error, _ in ratios.values())
+    assert ratios["rms"][1] == K * truth.e_rms
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        (Arithmetic("fp16", "fp32", "fp16"), Arithmetic()),
+        (Arithmetic("bf16", "fp32", "bf16"), Arithmetic("fp16", "fp32", "fp16")),
+        (Arithmetic("int8x32"), Arithmetic()),
+    ],
+)
+def test_a_backend_must_be_as_good_as_it_declares(narrow: Arithmetic, wide: Arithmetic) -> None:
+    """What computes in the narrow arithmetic passes as that, and fails where it claims the wide one."""
+
+    class Emulating:
+        def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+            logits, new = forward(WEIGHTS, tokens, state, arithmetic=narrow, seed=99)
+            return logits.astype(np.float32), new
+
+    assert gate(Emulating(), derive(WEIGHTS, "fp32", narrow, TOKENS)).passed
+    assert not gate(Emulating(), derive(WEIGHTS, "fp32", wide, TOKENS)).passed
+
+
+def test_a_declaration_much_looser_than_the_error_is_noticed() -> None:
+    found = judged("clean", derive(WEIGHTS, "fp32", Arithmetic("bf16", "fp32", "bf16"), TOKENS))
+    assert found.passed
+    assert found.loose
+
+
+def test_judging_other_weights_than_were_loaded_fails(truth: Truth) -> None:
+    def one_off(name: str, tensor: Tensor) -> Tensor:
+        array = tensor.array().copy()
+        if name == "blocks.2.att.time_first":
+            array[5] += 0.01
+        return Tensor.of(array)
+
+    assert not gate(faulty.load(WEIGHTS.map(one_off), "fp32", "clean", None), truth).passed
+
+
+def test_truth_is_cached_by_content_and_a_damaged_cache_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RWKV_BENCH_CACHE", str(tmp_path))
+    fresh = derive(WEIGHTS, "fp32", Arithmetic(), TOKENS, "key")
+    (file,) = (tmp_path / "truth").iterdir()
+    again = derive(
+        Weights.of(CONFIG, {n: t.array() * 0 for n, t in WEIGHTS.items()}), "fp32", Arithmetic(), TOKENS, "key"
+    )
+    np.testing.assert_array_equal(again.logits, fresh.logits)  # read, not computed from those zeros
+    for damage in (b"", b"PK\x03\x04 not a zip", file.read_bytes()[:1000]):
+        file.write_bytes(damage)
+        redone = derive(WEIGHTS, "fp32", Arithmetic(), TOKENS, "key")
+        np.testing.assert_array_equal(redone.logits, fresh.logits)
+    assert derive(WEIGHTS, "fp32", Arithmetic("bf16"), TOKENS, "key").e_rms > 10 * fresh.e_rms
