@@ -71,7 +71,7 @@ def _vector(config: Config, name: str, rng: np.random.Generator) -> np.ndarray:
     if name.endswith("time_decay"):
         return np.asarray(-5 + 8 * (channel / max(1, config.n_embd - 1)) ** (0.7 + 1.3 * depth))
     if name.endswith("time_first"):
-        return np.log(0.3) + 0.5 * ((channel + 1) % 3 - 1) + noise
+        return np.asarray(np.log(0.3) + 0.5 * ((channel + 1) % 3 - 1) + noise)
     ramp = channel / config.n_embd
     power = 0.5 * left if name.endswith("att.time_mix_r") else left
     return np.asarray(ramp**power + (0.3 * depth if name.endswith("att.time_mix_v") else 0.0))
