@@ -37,8 +37,9 @@ from harness.session import Opened, open_session
 from harness.stats import derived
 from harness.store import StoreError
 from harness.tolerance import Truth, derive
+from harness.trace_point import first_bad_point
 from reference.errors import InputError
-from reference.schemes import SCHEMES, stored_bytes
+from reference.schemes import SCHEMES, apply, stored_bytes
 
 #: Length of the parity gate's prompt; the bound needs at least 32 positions.
 GATE_TOKENS = 48
@@ -136,7 +137,7 @@ def _judge_and_measure(
         found = Gate((*found.logits, length_check(opened.session, timed, truth)), found.state)
     rows = _parity_rows(base, found)
     if not found.passed:
-        rows[0] = replace(rows[0], reason=f"{rows[0].reason}; bundle {_bundle(cell, job, opened, truth, found)}")
+        rows[0] = _explained(rows[0], cell, model, job, opened, truth, found)
     for row in rows:
         emit(row)
     span.forget()  # what the reference needed is not the backend's
@@ -155,6 +156,15 @@ def _judge_and_measure(
     tell(cell, "decode")
     decode = measure_decode(opened.session, timed, cell.workload.decode_tokens, job.sampling)
     emit(_sampled(base, "decode", decode, span))
+
+
+def _explained(row: Row, cell: Cell, model: Model, job: Job, opened: Opened, truth: Truth, found: Gate) -> Row:
+    """A failing parity row with the trace point where it begins, if the backend shows any, and its bundle."""
+    point = first_bad_point(opened.session, apply(model.weights, cell.scheme), opened.arithmetic, truth.tokens)
+    where = f"; {point}" if point else ""
+    first_bad = {**(row.first_bad or {}), "point": point.name if point else None}
+    bundle = _bundle(cell, job, opened, truth, found)
+    return replace(row, reason=f"{row.reason}{where}; bundle {bundle}", first_bad=first_bad)
 
 
 def _base(cell: Cell, model: Model, job: Job) -> Row:

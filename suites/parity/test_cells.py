@@ -16,10 +16,12 @@ from harness.parity import Check, Gate, gate, length_check
 from harness.plan import Cell
 from harness.session import Opened, open_session
 from harness.tolerance import K, Truth, derive
+from harness.trace_point import first_bad_point
 from reference.config import Config
 from reference.forward import forward
 from reference.schemes import apply
 from reference.synthetic import synthetic
+from reference.weights import Weights
 
 #: The fixtures hold a loaded session, which is meant to serve every example.
 RELAXED = settings(
@@ -37,13 +39,18 @@ def judge(cell: Cell, *checks: Check) -> None:
         pytest.fail(f"{cell}: " + ("; ".join(bad) or "nothing was compared"), pytrace=False)
 
 
-def judge_gate(cell: Cell, found: Gate) -> None:
-    judge(cell, *found.logits, *found.state)
+def judge_gate(cell: Cell, found: Gate, opened: Opened, weights: Weights, truth: Truth) -> None:
+    """Fail with every failing check, and the first bad trace point where the backend shows any."""
+    bad = [str(check) for check in (*found.logits, *found.state) if not check.passed]
+    if found.passed:
+        return
+    point = first_bad_point(opened.session, apply(weights, cell.scheme), opened.arithmetic, truth.tokens)
+    pytest.fail(f"{cell}: " + "; ".join([*([str(point)] if point else []), *bad]), pytrace=False)
 
 
-def test_gate(cell: Cell, opened: Opened, truth: Truth) -> None:
+def test_gate(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
     """Decode, prefill, chunks, replay, scoring, greedy, state and handover on the model's own prompt."""
-    judge_gate(cell, gate(opened.session, truth))
+    judge_gate(cell, gate(opened.session, truth), opened, model.weights, truth)
 
 
 def test_long_prompt(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
@@ -123,4 +130,4 @@ def test_shapes_and_scales(
     tokens = np.random.default_rng(seed).integers(0, n_vocab, length)
     truth = derive(weights, cell.scheme, opened.arithmetic, tokens)
     with open_session(cell.backend, weights, cell.scheme, cell.hardware.device, cell.threads) as other:
-        judge_gate(cell, gate(other.session, truth))
+        judge_gate(cell, gate(other.session, truth), other, weights, truth)

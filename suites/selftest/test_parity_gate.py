@@ -11,9 +11,11 @@ import pytest
 
 from backends import faulty
 from backends.faulty import FAULTS
+from backends.numpy_reference import NumpySession
 from harness.compare import logits_error
 from harness.parity import Check, Gate, gate, length_check, worst
 from harness.tolerance import K, Truth, derive
+from harness.trace_point import first_bad_point
 from reference.config import Config
 from reference.forward import forward
 from reference.numerics import Arithmetic
@@ -194,3 +196,45 @@ def test_truth_is_cached_by_content_and_a_damaged_cache_is_replaced(
         redone = derive(WEIGHTS, "fp32", Arithmetic(), TOKENS, "key")
         np.testing.assert_array_equal(redone.logits, fresh.logits)
     assert derive(WEIGHTS, "fp32", Arithmetic("bf16"), TOKENS, "key").e_rms > 10 * fresh.e_rms
+
+
+class Traced(faulty.FaultySession):
+    """Wrong from one trace point on: the square of the squared ReLU is forgotten in layer 1."""
+
+    def trace(self, tokens: Sequence[int], state: Any, tap: Any) -> tuple[np.ndarray, Any]:
+        spoiled = {"blocks.1.ffn.k2": np.sqrt, "blocks.1.ffn.v": np.sqrt}
+
+        def look(name: str, x: np.ndarray) -> None:
+            with np.errstate(invalid="ignore"):
+                tap(name, spoiled.get(name, np.asarray)(x))
+
+        return forward(WEIGHTS, tokens, None, tap=look)
+
+
+def test_the_first_bad_trace_point_is_named() -> None:
+    tokens = [int(t) for t in TOKENS]
+    point = first_bad_point(Traced(WEIGHTS, "clean"), WEIGHTS, Arithmetic(), tokens)
+    assert point is not None
+    assert point.name == "blocks.1.ffn.k2"
+    assert point.error > point.bound
+    assert first_bad_point(faulty.FaultySession(WEIGHTS, "clean"), WEIGHTS, Arithmetic(), tokens) is None
+    assert first_bad_point(NumpySession(WEIGHTS, None), WEIGHTS, Arithmetic(), tokens) is None
+
+
+def test_an_overflow_is_named_where_it_happens() -> None:
+    """fp16 that overflows in ffn.k2 of layer 1 is found there, not at the NaN it becomes later."""
+    fp16 = Arithmetic("fp16", "fp32", "fp16")
+    name = "blocks.1.ffn.key.weight"
+    loud = WEIGHTS.map(lambda n, t: Tensor.of(t.array() * np.float32(300)) if n == name else t)
+
+    class Emulating:
+        def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+            logits, new = forward(loud, tokens, state, arithmetic=fp16, seed=9)
+            return logits.astype(np.float32), new
+
+        def trace(self, tokens: Sequence[int], state: Any, tap: Any) -> tuple[np.ndarray, Any]:
+            return forward(loud, tokens, state, arithmetic=fp16, seed=9, tap=tap)
+
+    found = gate(Emulating(), derive(loud, "fp32", fp16, TOKENS))
+    assert "NaN at position" in str(found.first_bad)
+    assert "blocks.1.ffn.k2: Inf at token" in str(first_bad_point(Emulating(), loud, fp16, TOKENS))
