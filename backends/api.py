@@ -9,9 +9,11 @@ optional protocols below; callers test with ``isinstance(session, Scoring)``.
 A backend that cannot run here raises :class:`Unavailable`; one that does not do what was asked
 raises :class:`Unsupported`. It never falls back to another device or precision.
 
-Two more names a module may have, both optional:
+More names a module may have, all optional:
     check() -> None        raises Unavailable if this machine cannot run the backend; cheap
     version() -> str       version of the runtime that does the work
+    resident_bytes(config, scheme) -> int
+                           bytes of weights it keeps while it computes, where that is not their stored size
 """
 
 from __future__ import annotations

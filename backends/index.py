@@ -6,7 +6,8 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -40,29 +41,46 @@ def load_backend(name: str) -> ModuleType:
 
     Raises :class:`UnknownBackend`, with the nearest names, for anything else.
     """
-    target = {**BUILT_IN, **HIDDEN}.get(name) or _installed().get(name)
+    built_in = {**BUILT_IN, **HIDDEN}.get(name)
     if name.endswith(".py"):
-        module = _from_file(Path(name))
-    elif target is not None:
-        module = importlib.import_module(target.partition(":")[0])
+        module = _from_file(Path(name).absolute())
+    elif built_in is not None:
+        module = importlib.import_module(built_in)
+    elif name in (installed := _installed()):
+        module = _from_package(installed[name])
     else:
         near = difflib.get_close_matches(name, backend_names(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UnknownBackend(
             f"no backend {name!r}; {hint}backends: {', '.join(backend_names())}, or the path of a .py file"
         )
-    if not isinstance(getattr(module, "INFO", None), BackendInfo) or not callable(getattr(module, "load", None)):
+    info = getattr(module, "INFO", None)
+    if not isinstance(info, BackendInfo) or not callable(getattr(module, "load", None)):
         raise UnknownBackend(
             f"{name}: a backend needs INFO (a backends.api.BackendInfo) and load(); see backends/api.py"
         )
+    if not info.devices or not info.schemes:
+        lacking = "schemes" if info.devices else "devices"
+        raise UnknownBackend(f"{name}: INFO names no {lacking}; at least one is needed")
     return module
 
 
-def _installed() -> dict[str, str]:
-    return {point.name: point.value for point in entry_points(group=GROUP)}
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
+def _from_package(point: EntryPoint) -> ModuleType:
+    """What an entry point names: a module, or an object with the same names (``package.module:object``)."""
+    try:
+        loaded: ModuleType = point.load()
+    except Exception as error:  # somebody else's package may raise anything while it is imported
+        raise UnknownBackend(f"{point.name} ({point.value}): importing it raised {_told(error)}") from error
+    return loaded
+
+
+@cache
 def _from_file(path: Path) -> ModuleType:
+    """Imported once, however often it is asked for."""
     if not path.is_file():
         raise UnknownBackend(f"{path}: no such file; --backend takes a name or the path of a .py file")
     spec = importlib.util.spec_from_file_location(f"rwkv_bench_backend_{path.stem}", path)
@@ -72,7 +90,11 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # the user's file may raise anything while it is imported
         del sys.modules[spec.name]
-        raise UnknownBackend(f"{path}: importing it raised {type(error).__name__}: {error}") from error
+        raise UnknownBackend(f"{path}: importing it raised {_told(error)}") from error
     return module
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from backends.api import BackendInfo, Session, State, Tap, Unsupported
+from reference.config import Config, count_parameters
 from reference.forward import forward
 from reference.numerics import Arithmetic
 from reference.schemes import SCHEMES, apply
@@ -30,6 +31,11 @@ INFO = BackendInfo(
 def version() -> str:
     """Version of numpy, which does the work."""
     return np.__version__
+
+
+def resident_bytes(config: Config, scheme: str) -> int:
+    """Bytes of weights while computing: fp16 and bf16 stay as they are, all else is float32."""
+    return count_parameters(config) * (2 if scheme in ("fp16", "bf16") else 4)
 
 
 class NumpySession:

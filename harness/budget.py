@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import psutil
 
 from reference.config import Config, count_parameters
+from reference.errors import ConfigError
+from reference.schemes import stored_bytes
 from reference.weights import Weights
 
-#: Activations, logits and the interpreter with its libraries; torch's share is most of it.
+#: Logits, truth and the interpreter with its libraries; torch's share is most of it.
 _OVERHEAD_BYTES = 400 << 20
+
+GIB = 1 << 30
 
 
 def available_bytes() -> int:
@@ -28,14 +33,24 @@ def available_bytes() -> int:
     return max(0, available)
 
 
-def needed_bytes(config: Config, weight_bytes: int, source_in_memory: bool) -> int:
-    """Estimate for one cell: the backend's weights, the source if it is held in memory, and overhead.
+def needed_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, synthetic: bool) -> int:
+    """Estimate for one cell: the backend's weights, synthetic ones it is given, activations, and overhead.
 
-    The parity gate upcasts one matrix at a time to float64, so its share is the largest matrix.
+    The parity gate upcasts one matrix at a time to float64, so its share is the largest matrix. A
+    checkpoint file is mapped, not held. A scheme without a codec here counts as fp32.
     """
     largest = max(config.n_vocab, config.n_ffn) * config.n_embd
-    source = 2 * count_parameters(config) if source_in_memory else 0
-    return weight_bytes + source + 8 * largest + _OVERHEAD_BYTES
+    activations = 4 * prompt_tokens * (3 * config.n_ffn + 8 * config.n_embd)
+    source = 2 * count_parameters(config) if synthetic else 0
+    return _weight_bytes(config, scheme, backend) + source + 8 * largest + activations + _OVERHEAD_BYTES
+
+
+def shortage(needed: int, device: str) -> str | None:
+    """Why a cell on ``device`` that needs this many bytes of host memory should not start; None if it may."""
+    have = available_bytes()
+    if device != "cpu" or needed <= have:
+        return None
+    return f"needs about {needed / GIB:.1f} GiB of memory, {have / GIB:.1f} GiB are free; try a smaller scheme or model"
 
 
 def hold(weights: Weights) -> Weights:
@@ -45,3 +60,14 @@ def hold(weights: Weights) -> Weights:
     """
     fits = 4 * count_parameters(weights.config) * 3 <= available_bytes()
     return weights.in_memory(np.float32) if fits else weights
+
+
+def _weight_bytes(config: Config, scheme: str, backend: ModuleType) -> int:
+    """What the backend says it keeps of a scheme, else the scheme's own size."""
+    declared = getattr(backend, "resident_bytes", None)
+    if declared is not None:
+        return int(declared(config, scheme))
+    try:
+        return stored_bytes(config, scheme)
+    except ConfigError:
+        return 4 * count_parameters(config)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
 def cache_folder() -> Path:
     """``RWKV_BENCH_CACHE``, else ``rwkv-bench`` in the user's cache folder."""
     root = os.environ.get("RWKV_BENCH_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv-bench"
+    return Path(root) if root else _user_folder("XDG_CACHE_HOME", ".cache")
 
 
 def state_folder() -> Path:
     """Where measured rows are kept when ``--store`` names no file: the user's state folder."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "rwkv-bench"
+    return _user_folder("XDG_STATE_HOME", ".local/state")
+
+
+def _user_folder(variable: str, below_home: str) -> Path:
+    """``rwkv-bench`` in an XDG folder; a user without a home has one in the temporary folder."""
+    root = os.environ.get(variable)
+    if root:
+        return Path(root) / "rwkv-bench"
+    try:
+        return Path.home() / below_home / "rwkv-bench"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"rwkv-bench-{os.getuid()}" / Path(below_home).name

@@ -8,21 +8,21 @@ Nothing heavy is imported before the command is known, and no runtime before a c
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from harness.options import parse
-from reference.errors import InputError
+from harness import streams
+from harness.interrupt import Terminated, terminable
+from harness.options import TextWanted, UsageError, output_format, parse
 
 if TYPE_CHECKING:
     from harness.measure import Sampling
     from harness.plan import Plan, Request
     from harness.rows import Row
-
-PASSED, FAILED, BAD_INPUT, NOT_AVAILABLE, CRASHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 #: Prompt tokens, decode tokens, repeats.
 DEFAULT = (256, 64, 7)
@@ -34,44 +34,59 @@ BUDGET_SECONDS = 20.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from backends.api import Unavailable, Unsupported
-
-    arguments = parse(list(sys.argv[1:] if argv is None else argv))
-    warnings.showwarning = _show_warning
+    streams.prepare()
     try:
-        return _COMMANDS[arguments.command](arguments)
+        with terminable(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _command(list(sys.argv[1:] if argv is None else argv))
+    except Terminated as signal:
+        return _fail(f"ended by {signal}", 128 + signal.number)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail("interrupted", 130)
+
+
+def _command(argv: list[str]) -> int:
+    from backends.api import Unavailable, Unsupported
+    from harness.status import BAD_INPUT, NOT_AVAILABLE, PASSED
+    from reference.errors import InputError
+
+    try:
+        try:
+            arguments = parse(argv)
+        except TextWanted as wanted:
+            _out(str(wanted))
+            return PASSED
+        return _COMMANDS[arguments.command](arguments)
     except BrokenPipeError:  # whoever read stdout has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PASSED
     except (Unavailable, Unsupported) as error:
         return _fail(str(error), NOT_AVAILABLE)
-    except InputError as error:
+    except (UsageError, InputError) as error:
         return _fail(str(error), BAD_INPUT)
 
 
 def run(arguments: Namespace) -> int:
     """``run`` and ``parity``: measure every cell, then print the table."""
     from harness.collect import Collector, store_path
-    from harness.models import model_config
     from harness.plan import plan
     from harness.progress import Progress
     from harness.run import Job, new_run_id
     from harness.run import run as run_plan
+    from harness.status import NOT_AVAILABLE, exit_code, ran, row_code, unmet
+    from reference.errors import InputError
     from reports.output import check_output
     from reports.published import published_rows
     from reports.tables import summary
 
     request, sampling = _request(arguments), _sampling(arguments)
-    for model in request.models:
-        model_config(model)
     planned = plan(request)
     if arguments.dry_run:
-        return _dry_run(planned, sampling)
-    check_output(arguments.output)
-    with Progress(sys.stderr, len(planned.cells), sys.stderr.isatty()) as progress:
-        collector = Collector(store_path(arguments.store), progress, summary)
+        return _dry_run(request, planned, sampling, output_format(arguments))
+    attempted = bool(planned.cells or planned.refused)
+    store = store_path(arguments.store, make=attempted)
+    check_output(arguments.output, store)
+    with Progress(sys.stderr, planned.cells, sys.stderr.isatty()) as progress:
+        collector = Collector(store, progress, summary)
         stopped: BaseException | None = None
         try:
             run_plan(planned, Job(request, sampling, new_run_id()), collector.add, collector.tell)
@@ -79,12 +94,23 @@ def run(arguments: Namespace) -> int:
             stopped = error  # what has been measured is printed first
         collector.finish_cell()
     published = [row for name in planned.absent for row in published_rows(name, request.schemes)]
-    _write_rows([*collector.rows, *published], arguments)
-    if collector.rows:
-        _say(f"{len(collector.rows)} rows added to {collector.store}")
+    try:
+        _write_rows([*collector.rows, *published], arguments)
+    except BrokenPipeError:
+        pass  # nobody reads the table any more; the exit status still counts
+    finally:
+        if collector.rows:
+            count = len(collector.rows)
+            _say(f"{count} {'row' if count == 1 else 'rows'} added to {store}")
     if stopped is not None:
         raise stopped
-    codes = [_code(row, named) for row, named in zip(collector.rows, collector.named, strict=True)]
+    codes = [row_code(row, named) for row, named in zip(collector.rows, collector.named, strict=True)]
+    found = ran(collector.rows)
+    missing = unmet(request, found, planned.absent) if attempted else []
+    if missing:
+        codes.append(NOT_AVAILABLE)
+    if missing and found:
+        _say(f"nothing ran for {', '.join(missing)}")
     for name in planned.absent:
         shown = any(row.hardware == name for row in published)
         what = "only published figures are shown" if shown else "and no figures of it are published here"
@@ -94,47 +120,46 @@ def run(arguments: Namespace) -> int:
 
 def list_what_is_here(arguments: Namespace) -> int:
     """``list``: backends, schemes, hardware, models."""
-    from harness.listing import as_json, as_text, collect
+    from harness.listing import collect
+    from reports.records import as_json, as_text
 
     found = collect(arguments.what)
-    sys.stdout.write(as_json(found) if arguments.format == "json" else as_text(found))
-    return PASSED
+    _out(as_json(found) if arguments.format == "json" else as_text(found))
+    return 0
 
 
 def generate(arguments: Namespace) -> int:
     """``generate``: text to stdout as it comes, its speed to stderr."""
-    from harness.generate import NonFiniteLogits, Speed
+    from harness.generate import NonFiniteLogits, Speed, only_cell, speeds
     from harness.generate import generate as tokens_of
-    from harness.hardware import default_threads
     from harness.models import open_model
     from harness.session import open_session
+    from harness.status import FAILED
+    from reference.errors import InputError
 
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    model = open_model(arguments.model, arguments.seed)
+    cell = only_cell(arguments)
+    text = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
+    model = open_model(cell.model, arguments.seed)
     tokenizer = model.tokenizer()
     prompt = tokenizer.encode(text)
     if not prompt:
-        raise InputError("the prompt has no tokens; at least one is needed")
+        raise InputError("the prompt is empty; at least one token is needed")
     speed, stream = Speed(), tokenizer.stream()
-    threads = arguments.threads or default_threads()
-    with open_session(arguments.backend, model, arguments.quant, arguments.device, threads) as opened:
+    problem = ""
+    with open_session(cell.backend, model, cell.scheme, cell.hardware.device, cell.threads) as opened:
         options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
+        options["stop"] = tokenizer.end_of_text
         try:
-            sys.stdout.write(text)
+            _out(text.decode("utf-8", "replace"))
             for token in tokens_of(opened.session, prompt, arguments.tokens, speed=speed, **options):
-                sys.stdout.write(stream.feed(token))
-                sys.stdout.flush()
+                _out(stream.feed(token))
         except NonFiniteLogits as error:
-            sys.stdout.write(stream.flush() + "\n")
-            return _fail(f"{arguments.backend}: {error}; run rwkv-bench parity to see where it begins", FAILED)
-        sys.stdout.write(stream.flush() + "\n")
-    for name, count, ns in (
-        ("prefill", speed.prompt_tokens, speed.prompt_ns),
-        ("decode", speed.decode_tokens, speed.decode_ns),
-    ):
-        if count:
-            _say(f"{name}: {count} tokens, {count * 1e9 / max(ns, 1):.1f} tok/s (one run, not checked for parity)")
-    return PASSED
+            problem = f"{cell.backend}: {error}; rwkv-bench parity shows where it begins"
+        _out(stream.flush() + "\n")
+    if problem:
+        return _fail(problem, FAILED)
+    _say(f"{speeds(speed)} (one run, not checked for parity)")
+    return 0
 
 
 _COMMANDS: dict[str, Callable[[Namespace], int]] = {
@@ -143,19 +168,6 @@ _COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "list": list_what_is_here,
     "generate": generate,
 }
-
-
-def exit_code(codes: Sequence[int]) -> int:
-    """Of several, the first of 2, 4, 1, 3; 0 if there is none."""
-    return next((code for code in (BAD_INPUT, CRASHED, FAILED, NOT_AVAILABLE) if code in codes), PASSED)
-
-
-def _code(row: Row, named: bool) -> int:
-    if row.verdict in ("CRASHED", "TIMEOUT"):
-        return CRASHED
-    if row.verdict == "FAIL":
-        return FAILED
-    return NOT_AVAILABLE if named and row.verdict in ("UNAVAILABLE", "UNSUPPORTED") else PASSED
 
 
 def _request(arguments: Namespace) -> Request:
@@ -197,43 +209,62 @@ def _sizes(arguments: Namespace) -> tuple[int, int, int]:
 
 def _write_rows(rows: Sequence[Row], arguments: Namespace) -> None:
     from reports.output import formatted, write_output
-    from reports.tables import tables
-    from reports.terminal import draw
 
-    if arguments.format == "table" and not arguments.output:
-        for table in tables(rows):
-            draw(table, sys.stdout)
-    elif arguments.output:
-        write_output(arguments.output, formatted(rows, arguments.format))
+    kind = output_format(arguments)
+    if arguments.output:
+        write_output(arguments.output, formatted(rows, kind))
     else:
-        sys.stdout.write(formatted(rows, arguments.format))
-    sys.stdout.flush()
+        terminal = sys.stdout.isatty()
+        _out(formatted(rows, kind, shutil.get_terminal_size().columns if terminal else None, terminal))
 
 
-def _dry_run(planned: Plan, sampling: Sampling | None) -> int:
-    from harness.estimate import estimate
+def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, kind: str) -> int:
+    from harness.dry_run import for_people, foresee, records, total, would_run
+    from harness.status import NOT_AVAILABLE, exit_code, unmet
+    from reports.records import as_json, as_text
 
-    total = 0.0
-    for cell in planned.cells:
-        guess = estimate(cell, sampling)
-        total += guess.seconds
-        sys.stdout.write(f"{cell}: about {guess.seconds:.1f} s, {guess.bytes / 2**30:.1f} GiB\n")
-    for refusal in planned.refused:
-        sys.stdout.write(f"{refusal.backend} {refusal.scheme}: {refusal.verdict}: {refusal.reason}\n")
-    sys.stdout.write(f"{len(planned.cells)} cells, about {total:.0f} s (predicted); nothing was run\n")
-    codes = [NOT_AVAILABLE for refusal in planned.refused if refusal.by_name]
-    return exit_code(codes + [NOT_AVAILABLE for _ in planned.absent])
+    cells = foresee(planned, sampling)
+    found = records(planned, cells)
+    if kind == "json":
+        _out(as_json({"cells": found}))
+    elif kind == "table":
+        _out((as_text({"cells": for_people(found)}) if found else "") + total(cells) + "\n")
+    else:
+        raise UsageError(f"--dry-run has --format table or json, not {kind}")
+    named = [NOT_AVAILABLE for refusal in planned.refused if refusal.by_name]
+    missing = bool(planned.absent or unmet(request, would_run(cells)))
+    return exit_code([*named, NOT_AVAILABLE] if missing else named)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")
 
 
+def _out(text: str) -> None:
+    """Data to stdout at once. Raises BrokenPipeError, or InputError where it cannot be written."""
+    from reference.errors import InputError
+
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        streams.silence(sys.stdout)
+        raise
+    except OSError as error:
+        streams.silence(sys.stdout)
+        raise InputError(f"cannot write to standard output: {error.strerror}; --output writes to a file") from None
+
+
 def _say(text: str) -> None:
-    sys.stderr.write(f"rwkv-bench: {text}\n")
-    sys.stderr.flush()
+    """One line to stderr, whatever it holds: what would move the cursor or colour the screen is shown escaped."""
+    line = "".join(c if c.isprintable() else " " if c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    try:
+        sys.stderr.write(f"rwkv-bench: {line}\n")
+        sys.stderr.flush()
+    except OSError:
+        streams.silence(sys.stderr)
 
 
 def _fail(text: str, code: int) -> int:
-    _say(" ".join(text.split()))
+    _say(text)
     return code

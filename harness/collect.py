@@ -47,9 +47,14 @@ class Collector:
         self._cell = None
 
 
-def store_path(option: str | None) -> Path:
-    """The store that ``--store`` names, or the user's own; raises StoreError if it cannot be written."""
+def store_path(option: str | None, make: bool = True) -> Path:
+    """The store that ``--store`` names, or the user's own.
+
+    With ``make`` it exists afterwards; raises StoreError if it cannot be written.
+    """
     path = Path(option) if option else state_folder() / "rows.jsonl"
+    if not make:
+        return path
     if not option:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,14 +8,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from harness.budget import needed_bytes
+from harness.budget import shortage
 from harness.measure import Sampling
 from harness.models import model_config
-from harness.plan import Cell
+from harness.plan import Cell, memory_needed
 from harness.run import GATE_TOKENS
 from harness.tolerance import DRAWS
 from reference.config import Config, count_parameters
-from reference.schemes import SCHEMES, bytes_read_per_token, stored_bytes
+from reference.schemes import SCHEMES, bytes_read_per_token
 
 #: Interpreter and call overhead of one layer of one forward call, eager Python.
 _CALL_SECONDS_PER_LAYER = 1.5e-4
@@ -23,10 +23,11 @@ _CALL_SECONDS_PER_LAYER = 1.5e-4
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predicted seconds and bytes of one cell."""
+    """Predicted seconds and bytes of one cell; ``short`` says why it would not start."""
 
     seconds: float
     bytes: int
+    short: str | None
 
 
 def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None) -> Estimate:
@@ -52,7 +53,8 @@ def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None
         work = cell.workload
         timed = runs * (batch(work.prompt_tokens) + work.decode_tokens * step)
         seconds += timed if sampling.budget_s is None else min(timed, max(2 * sampling.budget_s, timed / runs))
-    return Estimate(seconds, needed_bytes(config, stored_bytes(config, scheme), True))
+    needed = memory_needed(cell, config)
+    return Estimate(seconds, needed, shortage(needed, cell.hardware.device))
 
 
 @lru_cache(maxsize=1)

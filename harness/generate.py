@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from backends.api import Session
+from backends.api import Session, Unavailable, Unsupported
+from harness.budget import shortage
 from harness.compare import first_non_finite
+from harness.measure import Workload
+from harness.models import model_config
+from harness.plan import ALL, Cell, Request, memory_needed, plan
 
 
 class NonFiniteLogits(Exception):
@@ -24,6 +29,36 @@ class Speed:
     prompt_ns: int = 0
     decode_tokens: int = 0
     decode_ns: int = 0
+
+
+def only_cell(arguments: Namespace) -> Cell:
+    """The one cell that ``generate``'s options mean; raises InputError, Unsupported or Unavailable."""
+    request = Request(
+        models=(arguments.model,),
+        backends=(arguments.backend,),
+        schemes=(arguments.quant or ALL,),
+        devices=(arguments.device,),
+        threads=arguments.threads,
+        workload=Workload(1, arguments.tokens),
+    )
+    planned = plan(request)
+    if not planned.cells:
+        raise Unsupported(planned.refused[0].reason)
+    cell = planned.cells[0]
+    short = shortage(memory_needed(cell, model_config(cell.model)), cell.hardware.device)
+    if short is not None:
+        raise Unavailable(short)
+    return cell
+
+
+def speeds(speed: Speed) -> str:
+    """``prefill 8 tokens at 17.0 tok/s, decode ...``."""
+    parts = (("prefill", speed.prompt_tokens, speed.prompt_ns), ("decode", speed.decode_tokens, speed.decode_ns))
+    return ", ".join(
+        f"{name} {count} {'token' if count == 1 else 'tokens'} at {count * 1e9 / max(ns, 1):.1f} tok/s"
+        for name, count, ns in parts
+        if count
+    )
 
 
 def generate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from harness.names import did_you_mean
 from reference.errors import InputError
 
 #: Short name -> pattern of the name its driver or system reports. Order matters: "A800" before "A8".
@@ -30,6 +30,10 @@ KNOWN: dict[str, str] = {
     "m2": r"Apple M2$",
     "snapdragon865": r"Snapdragon 865|SM8250",
 }
+
+
+#: Below this many parameters a model's weights stay in the cache of one core or two.
+SMALL_PARAMETERS = 8_000_000
 
 
 class UnknownHardware(InputError):
@@ -75,9 +79,8 @@ def resolve(name: str) -> list[Hardware]:
         return list(here)
     matches = [item for item in here if item.name == name]
     if not matches and name not in hardware_names():
-        near = difflib.get_close_matches(name, hardware_names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UnknownHardware(f"no hardware {name!r}; {hint}known: {', '.join(hardware_names())}")
+        known = list(dict.fromkeys([*hardware_names(), *(item.name for item in here)]))
+        raise UnknownHardware(f"no hardware {name!r}; {did_you_mean(name, known)}known: {', '.join(known)}")
     return matches
 
 
@@ -109,8 +112,14 @@ def usable_cpus() -> int:
     return psutil.cpu_count() or 1
 
 
-def default_threads() -> int:
-    """Threads a cell runs with when none are asked for: one per physical core it may use."""
+def default_threads(parameters: int) -> int:
+    """Threads a cell runs with when none are asked for: one per physical core it may use, one if the model is small.
+
+    Products of matrices that stay in the cache take microseconds; a second thread then costs more than it
+    brings, and hundreds of times more where anything else runs on its core.
+    """
+    if parameters < SMALL_PARAMETERS:
+        return 1
     return max(1, min(usable_cpus(), psutil.cpu_count(logical=False) or usable_cpus()))
 
 

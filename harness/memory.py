@@ -16,6 +16,9 @@ Needs only the standard library, and Python 3.9, because foreign interpreters ru
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import sys
 import threading
 from dataclasses import dataclass
@@ -47,12 +50,14 @@ class MemorySpan:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        _give_back()
         self._baseline = _status_bytes(proc, "VmRSS")
         self._opened_mark = _max_rss() if self._baseline is None else None
         self.forget()
 
     def forget(self) -> None:
         """Leave the peak so far out of account, for work that was not the backend's. The baseline stays."""
+        _give_back()
         if self._baseline is None:
             self._mark = _max_rss()
             return
@@ -103,6 +108,17 @@ class MemorySpan:
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_SECONDS):
             self._look()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: kept by the allocator, it would hide what is allocated next.
+
+    glibc keeps freed pages in its heap; elsewhere nothing is done.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_mark(proc: Path) -> bool:

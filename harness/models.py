@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ import numpy as np
 import reference
 from harness.budget import available_bytes
 from harness.cache import cache_folder
+from harness.names import did_you_mean
 from reference.checkpoint import load_checkpoint
 from reference.config import Config, preset, preset_names
 from reference.errors import ConfigError, InputError
@@ -40,8 +40,9 @@ class Model:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model's vocabulary; raises InputError naming the file that is missing."""
-        folder = Path(self.weights.source)
-        return tokenizer_for(self.config.n_vocab, folder if folder.is_dir() else folder.parent)
+        near = Path(self.weights.source)
+        near = near if near.exists() else Path.cwd()  # synthetic weights have no file
+        return tokenizer_for(self.config.n_vocab, near if near.is_dir() else near.parent)
 
 
 def model_names() -> list[str]:
@@ -74,6 +75,11 @@ def open_model(name: str, seed: int = 0) -> Model:
     return Model(name, weights, hashlib.sha256(f"synthetic 1 {config} {seed}".encode()).hexdigest())
 
 
+def is_generated(name: str) -> bool:
+    """Whether a model's weights are made here and held in memory, rather than mapped from a file."""
+    return name != TINY and not looks_like_path(name)
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a model name is meant as a path: it exists, or has a folder or a file ending in it."""
     return os.sep in name or "/" in name or Path(name).exists() or bool(Path(name).suffix)
@@ -83,11 +89,9 @@ def _preset(name: str) -> Config:
     try:
         return preset(name)
     except ConfigError:
-        near = difflib.get_close_matches(name.lower(), model_names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(
-            f"no model {name!r}; {hint}models: {', '.join(model_names())}, or the path of a checkpoint"
-        ) from None
+        known = model_names()
+        hint = did_you_mean(name, known)
+        raise InputError(f"no model {name!r}; {hint}models: {', '.join(known)}, or the path of a checkpoint") from None
 
 
 def _kept(weights: Weights, config: Config) -> Weights:

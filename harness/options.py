@@ -1,82 +1,149 @@
-"""The command line: what can be asked, with examples; nothing here runs anything."""
+"""The command line: what can be asked, with examples; nothing here runs, prints or exits."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-from typing import NoReturn
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any, NoReturn
 
-COMMANDS = ("run", "parity", "list", "generate")
+from harness.names import did_you_mean
+
 FORMATS = ("table", "md", "csv", "json", "jsonl")
+SECTIONS = ("backends", "schemes", "hardware", "models")
+
+#: Upper limits far beyond sense, so that a slip of the finger is told at once and not by the system.
+MOST_TOKENS, MOST_REPEATS, MOST_THREADS, MOST_SEED = 1 << 20, 10_000, 4096, 2**63 - 1
 
 EXIT_CODES = """\
-exit status: 0 all that was asked for ran and passed; 1 parity failure or non-finite value;
-2 bad usage or input; 3 something asked for by name is not available or not supported here;
-4 a backend crashed; 130 interrupted. Of several, the first of 2, 4, 1, 3."""
+exit status:
+  0    all that was asked for ran and passed
+  1    a parity failure or a non-finite value
+  2    bad usage or bad input
+  3    something asked for by name is not available or not supported here
+  4    a backend crashed
+  130  interrupted; what had been measured is printed and stored
+  Of several, the first of 2, 4, 1, 3.
+"""
 
 TOP = """\
-Is an RWKV-4 backend right, and how fast is it? Every speed stands beside the parity verdict of the same session.
+Is an RWKV-4 backend right, and how fast is it? Every speed stands beside the
+parity verdict taken from the same loaded session.
 
 examples:
-  rwkv-bench                                          every backend usable here, embedded model
-  rwkv-bench --model 169m --backend torch             a real shape with synthetic weights
-  rwkv-bench --model RWKV-4-Pile-430M.pth --quant fp16,bf16
-  rwkv-bench --hardware a800 --quant q4f16_1          measures there, else shows what is published
-  rwkv-bench parity --format json                     verdicts only, for scripts
-  rwkv-bench generate "The list" --tokens 100         text, with its speed
-  rwkv-bench list                                     what is usable here and how to get the rest
+  rwkv-bench                                   every usable backend, small model
+  rwkv-bench --quick --backend torch           a first look at one backend
+  rwkv-bench --model 169m --quant fp16,int4    a real shape, synthetic weights
+  rwkv-bench --model RWKV-4-Pile-430M.pth      your checkpoint
+  rwkv-bench --model 7b --dry-run              how long, how much memory
+  rwkv-bench --hardware a800                   not here: what is published of it
+  rwkv-bench parity --format json              verdicts only, for scripts
+  rwkv-bench generate "The list" --tokens 100  text, with its speed
+  rwkv-bench list                              what is usable here
 """
+
+COMMANDS = {
+    "run": "parity-gated prefill/decode table (the default command)",
+    "parity": "verdicts only",
+    "list": "what is usable here and how to get the rest",
+    "generate": "text from a prompt with one backend, with its speed",
+}
+
+EXAMPLES = {
+    "run": """\
+examples:
+  rwkv-bench run --backend numpy,torch --quant fp32,bf16
+  rwkv-bench run --quant int4                    every scheme of that class
+  rwkv-bench run --backend mine.py               a backend in a file of yours
+  rwkv-bench run --threads 1 --output table.md   format by the file's name
+""",
+    "parity": """\
+examples:
+  rwkv-bench parity --backend torch --quant fp16
+  rwkv-bench parity --format json | jq '.rows[] | select(.verdict != "PASS")'
+  rwkv-bench parity --backend faulty --device nan  what a failure looks like
+""",
+    "list": """\
+examples:
+  rwkv-bench list
+  rwkv-bench list backends
+  rwkv-bench list schemes --format json
+""",
+    "generate": """\
+examples:
+  rwkv-bench generate "The list" --tokens 200
+  rwkv-bench generate "The list" --temperature 0 --backend torch
+  echo "def main" | rwkv-bench generate - --seed 7
+""",
+}
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood, in one line."""
+
+
+class TextWanted(Exception):
+    """``--help`` or ``--version`` was asked for; the text is its argument."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that offer the nearest valid word."""
+    """argparse that raises: :class:`UsageError` with the nearest valid word, or :class:`TextWanted`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line."""
-        self.exit(2, f"rwkv-bench: {message}{self._nearest(message)}; see {self.prog} --help\n")
+        """Raise instead of exiting."""
+        raise UsageError(f"{message}{self._nearest(message)}; see {self.prog} --help")
+
+    def print_help(self, file: object = None) -> None:
+        """Raise instead of printing."""
+        raise TextWanted(self.format_help())
 
     def _nearest(self, message: str) -> str:
         prefix = "unrecognized arguments: "
-        if not message.startswith(prefix):
-            return ""
-        wrong = message[len(prefix) :].split()[0].split("=")[0]
-        options = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(wrong, options, n=1, cutoff=0.6)
-        return f" (did you mean {near[0]}?)" if near else ""
+        words = message[len(prefix) :].split() if message.startswith(prefix) else []
+        options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        hint = did_you_mean(words[0].split("=")[0], options) if words else ""
+        return f"; {hint.strip()}" if hint else ""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parsed arguments; a bare option list means ``run``."""
+    """Parsed arguments; a bare option list means ``run``. Raises UsageError or TextWanted."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["run", *argv]
+    if argv[0] == "--version":
+        raise TextWanted(_version())
     parser, commands = _top()
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        parser.error(f"no command {argv[0]!r}; {hint}commands: {', '.join(COMMANDS)}")
+        parser.error(f"no command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}commands: {', '.join(COMMANDS)}")
     arguments, rest = parser.parse_known_args(argv)
     if rest:
         commands[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
 
 
+def output_format(arguments: argparse.Namespace) -> str:
+    """``--format``, else what the name of ``--output`` ends in, else ``table``."""
+    ending = PurePath(arguments.output or "").suffix.lstrip(".").lower()
+    return str(arguments.format or (ending if ending in FORMATS else "table"))
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"rwkv-bench {version('rwkv-bench')}\n"
+
+
 def _top() -> tuple[Parser, dict[str, Parser]]:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="rwkv-bench", description=TOP, epilog=EXIT_CODES, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(prog="rwkv-bench", description=TOP, epilog=EXIT_CODES)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(dest="command", metavar="{run,parity,list,generate}")
-    texts = {
-        "run": "parity-gated prefill/decode table over backends × schemes (the default command)",
-        "parity": "verdicts only",
-        "list": "what is usable here and how to get the rest",
-        "generate": "text from a prompt with one backend, with its speed",
-    }
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     build = {"run": _run, "parity": _parity, "list": _list, "generate": _generate}
     commands = {}
-    for name, text in texts.items():
-        commands[name] = subparsers.add_parser(
-            name, help=text, description=text, epilog=EXIT_CODES, formatter_class=raw, allow_abbrev=False
-        )
+    for name, text in COMMANDS.items():
+        epilog = f"{EXAMPLES[name]}\n{EXIT_CODES}"
+        commands[name] = subparsers.add_parser(name, help=text, description=text, epilog=epilog)
         build[name](commands[name])
     return parser, commands
 
@@ -84,90 +151,121 @@ def _top() -> tuple[Parser, dict[str, Parser]]:
 def _run(parser: Parser) -> None:
     _selection(parser)
     group = parser.add_argument_group("what is timed")
-    group.add_argument("--prompt-tokens", type=_count, metavar="N", help="prompt length of prefill (default 256)")
-    group.add_argument("--decode-tokens", type=_count, metavar="N", help="single-token steps (default 64)")
-    group.add_argument("--repeats", type=_count, metavar="N", help="timed runs (default 7; an interval needs 6)")
-    group.add_argument("--quick", action="store_true", help="short prompt, 3 repeats, no interval: a first look")
-    group.add_argument("--dry-run", action="store_true", help="show cells, estimated time and memory; run nothing")
+    tokens = _whole(1, MOST_TOKENS)
+    group.add_argument("--prompt-tokens", type=tokens, metavar="N", help="prompt length of prefill (default 256)")
+    group.add_argument("--decode-tokens", type=tokens, metavar="N", help="single-token steps (default 64)")
+    group.add_argument(
+        "--repeats", type=_whole(1, MOST_REPEATS), metavar="N", help="timed runs (default 7; an interval needs 6)"
+    )
+    group.add_argument("--quick", action="store_true", help="prompt 64, decode 16, 3 repeats: a first look")
     _output(parser)
 
 
 def _parity(parser: Parser) -> None:
     _selection(parser)
-    parser.add_argument("--dry-run", action="store_true", help="show cells, estimated time and memory; run nothing")
     _output(parser)
 
 
 def _list(parser: Parser) -> None:
-    parser.add_argument("what", nargs="?", choices=("backends", "schemes", "hardware", "models"), help="default: all")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="(default table)")
+    sections, formats = _one_of("section", SECTIONS), _one_of("format", ("table", "json"))
+    text = f"{', '.join(SECTIONS)} (default: all)"
+    parser.add_argument("what", nargs="?", type=sections, metavar="SECTION", help=text)
+    parser.add_argument("--format", type=formats, default="table", metavar="F", help="table (default) or json")
 
 
 def _generate(parser: Parser) -> None:
-    parser.add_argument("prompt", help="text to continue; - reads standard input")
-    parser.add_argument("--model", default="tiny", metavar="NAME", help="tiny, a preset, or a checkpoint path")
-    parser.add_argument("--backend", default="numpy", metavar="NAME", help="(default numpy)")
-    parser.add_argument("--quant", default=None, metavar="SCHEME", help="default: the backend's first scheme")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="(default cpu)")
-    parser.add_argument("--threads", type=_count, default=None, metavar="N", help="CPU threads")
-    parser.add_argument("--tokens", type=_count, default=100, metavar="N", help="tokens to generate (default 100)")
-    parser.add_argument("--temperature", type=_temperature, default=0.8, metavar="T", help="0: greedy (default 0.8)")
-    parser.add_argument("--top-p", type=_fraction, default=0.9, metavar="P", help="nucleus sampling (default 0.9)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of sampling and weights (default 0)")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads standard input")
+    name: dict[str, Any] = {"type": _name, "metavar": "NAME"}
+    parser.add_argument("--model", **name, default="tiny", help="tiny (default), a preset or a path")
+    parser.add_argument("--backend", **name, default="numpy", help="(default numpy)")
+    parser.add_argument("--quant", **name, help="scheme or class (default: the backend's first)")
+    parser.add_argument("--device", **name, default="cpu", help="(default cpu)")
+    _threads(parser)
+    tokens = _whole(1, MOST_TOKENS)
+    parser.add_argument("--tokens", type=tokens, default=100, metavar="N", help="at most this many (default 100)")
+    parser.add_argument("--temperature", type=_real(0, 100), default=0.8, metavar="T", help="0: greedy (default 0.8)")
+    parser.add_argument("--top-p", type=_real(0, 1), default=0.9, metavar="P", help="nucleus sampling (default 0.9)")
+    _seed(parser, "of sampling and of synthetic weights")
 
 
 def _selection(parser: Parser) -> None:
-    group = parser.add_argument_group("what to run (each takes a comma list or `all`)")
-    group.add_argument("--model", type=_names, default=("tiny",), metavar="NAMES", help="tiny, presets, paths")
-    group.add_argument("--backend", type=_names, default=("all",), metavar="NAMES", help="names or paths of .py files")
-    group.add_argument("--quant", type=_names, default=("all",), metavar="NAMES", help="schemes or classes (int4)")
-    group.add_argument("--hardware", type=_names, default=("local",), metavar="NAMES", help="local, cpu, a800, ...")
-    group.add_argument("--device", type=_names, default=("all",), metavar="NAMES", help="cpu, cuda, cuda:1, mps")
-    group.add_argument("--threads", type=_count, default=None, metavar="N", help="CPU threads (default: all cores)")
-    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="of prompts and weights (default 0)")
+    group = parser.add_argument_group("what to run (NAMES: a comma list, or `all`)")
+    names: dict[str, Any] = {"type": _names, "metavar": "NAMES"}
+    group.add_argument("--model", **names, default=("tiny",), help="tiny (default), presets, paths")
+    group.add_argument("--backend", **names, default=("all",), help="names or .py files (default all)")
+    group.add_argument("--quant", **names, default=("all",), help="schemes or classes: fp16, int4 (default all)")
+    group.add_argument("--hardware", **names, default=("local",), help="local (default), cpu, a800, ...")
+    group.add_argument("--device", **names, default=("all",), help="cpu, cuda, cuda:1, mps (default all)")
+    _threads(group)
+    _seed(group, "of prompts and of synthetic weights")
+    group.add_argument("--dry-run", action="store_true", help="cells, estimated time and memory; nothing is run")
 
 
 def _output(parser: Parser) -> None:
-    group = parser.add_argument_group("where results go (data on stdout, progress on stderr)")
-    group.add_argument("--format", choices=FORMATS, default="table", help="(default table)")
-    group.add_argument("--output", metavar="FILE", help="write there instead of stdout")
-    group.add_argument("--store", metavar="FILE", help="append every row to this JSONL file, as soon as it is measured")
+    group = parser.add_argument_group("where results go (data to stdout, progress to stderr)")
+    formats = _one_of("format", FORMATS)
+    group.add_argument("--format", type=formats, metavar="F", help=f"{', '.join(FORMATS)} (default table)")
+    group.add_argument("--output", type=_path, metavar="FILE", help="write there instead, by default as its name ends")
+    group.add_argument("--store", type=_path, metavar="FILE", help="append each row to this JSONL file when measured")
+
+
+def _threads(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--threads", type=_whole(1, MOST_THREADS), metavar="N", help="CPU threads (default: one per core; 1 if small)"
+    )
+
+
+def _seed(parser: argparse._ActionsContainer, what: str) -> None:
+    parser.add_argument("--seed", type=_whole(0, MOST_SEED), default=0, metavar="N", help=f"{what} (default 0)")
 
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise argparse.ArgumentTypeError("empty list")
+        raise argparse.ArgumentTypeError("no name is given")
     return names
 
 
-def _count(text: str) -> int:
-    return _number(text, 1, "a whole number of at least 1")
+def _name(text: str) -> str:
+    if not text.strip() or text == "all":
+        raise argparse.ArgumentTypeError(f"one name is needed, not {text!r}")
+    return text
 
 
-def _seed(text: str) -> int:
-    return _number(text, 0, "a whole number of at least 0")
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("the path of a file is needed")
+    return text
 
 
-def _number(text: str, least: int, wanted: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return int(text)
+def _one_of(what: str, known: tuple[str, ...]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(
+                f"no {what} {text!r}; {did_you_mean(text, known)}there are {', '.join(known)}"
+            )
+        return text
+
+    return check
 
 
-def _temperature(text: str) -> float:
-    return _real(text, 0.0, 100.0)
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or len(text) > 20 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return check
 
 
-def _fraction(text: str) -> float:
-    return _real(text, 0.0, 1.0)
+def _real(least: float, most: float) -> Callable[[str], float]:
+    def check(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from {least:g} to {most:g}")
+        return value
 
-
-def _real(text: str, least: float, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
-    return value
+    return check

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from backends.api import BackendInfo
 from backends.index import backend_names, load_backend
+from harness.budget import needed_bytes
 from harness.hardware import Hardware, default_threads, resolve
 from harness.measure import Workload
+from harness.models import is_generated, model_config, model_names
+from harness.names import did_you_mean
+from reference.config import Config, count_parameters
 from reference.errors import InputError
 from reference.schemes import SCHEME_CLASSES, SCHEMES
 
@@ -17,6 +20,10 @@ ALL = "all"
 
 class UnknownScheme(InputError):
     """A ``--quant`` that no system uses; one line."""
+
+
+class UnknownDevice(InputError):
+    """A ``--device`` that no backend has, or that the hardware asked for has not; one line."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,12 @@ class Request:
     threads: int | None = None
     workload: Workload = field(default_factory=lambda: Workload(256, 64))
     seed: int = 0
+
+    @property
+    def explicit(self) -> bool:
+        """Whether every cell was asked for as such: neither backend, scheme nor place comes from ``all``."""
+        placed = ALL not in self.devices or not {"local", ALL} & set(self.hardware)
+        return ALL not in (*self.backends, *self.schemes) and placed
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Refused:
     backend: str
     scheme: str
     model: str
+    hardware: str
     by_name: bool
 
 
@@ -70,31 +84,45 @@ class Plan:
 
 
 def plan(request: Request) -> Plan:
-    """Expand a request. Raises UnknownBackend, UnknownScheme or UnknownHardware for a wrong name."""
-    backends = expand(request.backends, backend_names())
-    check_scheme_names(request.schemes, [load_backend(name).INFO for name in backends])
+    """Expand a request. Raises InputError, with the nearest right one, for a wrong name of any kind."""
+    infos, broken = _backends(request.backends)
+    check_scheme_names(request.schemes, list(infos.values()))
+    _check_device_names(request.devices, list(infos.values()))
+    models = expand(request.models, model_names())
+    configs = {model: model_config(model) for model in models}
     places, absent = _places(request)
     if not places:
         return Plan((), (), tuple(absent))
+    where = ", ".join(place.name for place in places)
+    named = ALL not in request.backends
+    placed = named and ALL not in request.devices
+    nowhere = {name for name in request.schemes if not any(match_schemes((name,), i)[0] for i in infos.values())}
     cells: list[Cell] = []
     refused: list[Refused] = []
-    for model in request.models:
-        for backend in backends:
-            info: BackendInfo = load_backend(backend).INFO
-            named = ALL not in request.backends
+    for model in models:
+        refused += [Refused("UNAVAILABLE", why, name, ALL, model, where, False) for name, why in broken.items()]
+        for backend, info in infos.items():
             schemes, lacking = match_schemes(request.schemes, info)
-            refused += [_no_scheme(info, backend, model, scheme, named) for scheme in lacking]
+            for scheme in lacking:
+                why = f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}"
+                by_name = scheme in nowhere or (named and scheme != ALL)
+                refused.append(Refused("UNSUPPORTED", why, backend, scheme, model, where, by_name))
             usable = [place for place in places if place.device.split(":")[0] in info.devices]
             if schemes and not usable:
-                refused.append(_no_device(info, backend, model, places, named))
-            for place in usable:
-                for scheme in schemes:
-                    threads = request.threads or default_threads()
-                    cells.append(Cell(model, backend, scheme, place, threads, request.workload))
+                why = f"{backend} does not run on {_devices(places)}; it runs on {', '.join(info.devices)}"
+                refused.append(Refused("UNSUPPORTED", why, backend, ALL, model, where, placed))
+            threads = request.threads or default_threads(count_parameters(configs[model]))
+            cells += [Cell(model, backend, s, place, threads, request.workload) for place in usable for s in schemes]
     if not cells:
         # What `all` leaves out is no failure, unless nothing at all is left of what was asked.
-        refused = [Refused(r.verdict, r.reason, r.backend, r.scheme, r.model, True) for r in refused]
+        refused = [replace(refusal, by_name=True) for refusal in refused]
     return Plan(tuple(cells), tuple(refused), tuple(absent))
+
+
+def memory_needed(cell: Cell, config: Config) -> int:
+    """Estimated bytes of host memory that a cell takes."""
+    backend, prompt = load_backend(cell.backend), cell.workload.prompt_tokens
+    return needed_bytes(config, cell.scheme, backend, prompt, is_generated(cell.model))
 
 
 def expand(names: tuple[str, ...], every: list[str]) -> list[str]:
@@ -105,12 +133,10 @@ def expand(names: tuple[str, ...], every: list[str]) -> list[str]:
 
 def check_scheme_names(names: tuple[str, ...], infos: list[BackendInfo]) -> None:
     """Raise :class:`UnknownScheme`, with the nearest names, for one that no codec or backend knows."""
-    known = [*SCHEMES, *(scheme for info in infos for scheme in info.schemes), *SCHEME_CLASSES]
+    known = list(dict.fromkeys([*SCHEMES, *(scheme for info in infos for scheme in info.schemes), *SCHEME_CLASSES]))
     for name in names:
         if name != ALL and name not in known:
-            known = list(dict.fromkeys(known))
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, known)
             raise UnknownScheme(f"no scheme {name!r}; {hint}schemes and classes: {', '.join(known)}")
 
 
@@ -118,7 +144,7 @@ def match_schemes(names: tuple[str, ...], info: BackendInfo) -> tuple[list[str],
     """Schemes of a backend that were asked for, and asked names that it lacks."""
     found: list[str] = []
     lacking: list[str] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         hits = [s for s in info.schemes if name in (ALL, s) or (s in SCHEMES and SCHEMES[s].scheme_class == name)]
         found += hits
         if not hits:
@@ -126,28 +152,51 @@ def match_schemes(names: tuple[str, ...], info: BackendInfo) -> tuple[list[str],
     return [scheme for scheme in info.schemes if scheme in found], lacking
 
 
+def _backends(names: tuple[str, ...]) -> tuple[dict[str, BackendInfo], dict[str, str]]:
+    """What each backend offers, and why those that only ``all`` brings in cannot be imported."""
+    infos: dict[str, BackendInfo] = {}
+    broken: dict[str, str] = {}
+    for name in expand(names, backend_names()):
+        try:
+            infos[name] = load_backend(name).INFO
+        except InputError as error:
+            if name in names:
+                raise
+            broken[name] = str(error)
+    return infos, broken
+
+
+def _check_device_names(names: tuple[str, ...], infos: list[BackendInfo]) -> None:
+    known = list(dict.fromkeys(["cpu", "cuda", "mps", *(device for info in infos for device in info.devices)]))
+    for name in names:
+        kind, colon, index = name.partition(":")
+        if name != ALL and (kind not in known or (colon and not index.isdecimal())):
+            hint = did_you_mean(kind, known) if kind not in known else ""
+            raise UnknownDevice(f"no device {name!r}; {hint}devices: {', '.join(known)}; cuda:1 is the second GPU")
+
+
 def _places(request: Request) -> tuple[list[Hardware], list[str]]:
-    places: list[Hardware] = []
+    """Where to run, and the names of hardware that is not here."""
+    here: list[Hardware] = []
     absent: list[str] = []
-    for name in request.hardware:
-        here = resolve(name)
-        places += [place for place in here if place not in places]
-        if not here:
+    for name in dict.fromkeys(request.hardware):
+        found = resolve(name)
+        here += [place for place in found if place not in here]
+        if not found:
             absent.append(name)
-    if ALL not in request.devices:
-        places = [p for p in places if p.device in request.devices or p.device.split(":")[0] in request.devices]
-        known = {p.device.split(":")[0] for p in places}
-        # A device asked for by name that nobody has detected still becomes a cell: the backend says why not.
-        places += [Hardware(d.split(":")[0], d, d) for d in request.devices if d.split(":")[0] not in known]
-    return places, absent
+    if ALL in request.devices or not here:
+        return here, absent
+    anywhere = any(name in ("local", ALL) for name in request.hardware)
+    places: list[Hardware] = []
+    for device in request.devices:
+        hits = [place for place in here if device in (place.device, place.device.split(":")[0])]
+        if not hits and not anywhere:
+            asked = ", ".join(request.hardware)
+            raise UnknownDevice(f"hardware {asked} has no device {device}; its devices: {_devices(here)}")
+        # A device that nobody has detected still becomes a cell: the backend says why not.
+        places += hits or [Hardware(device.split(":")[0], device, device)]
+    return list(dict.fromkeys(places)), absent
 
 
-def _no_scheme(info: BackendInfo, backend: str, model: str, scheme: str, named: bool) -> Refused:
-    reason = f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}"
-    return Refused("UNSUPPORTED", reason, backend, scheme, model, named)
-
-
-def _no_device(info: BackendInfo, backend: str, model: str, places: list[Hardware], named: bool) -> Refused:
-    asked = ", ".join(place.device for place in places)
-    reason = f"{backend} does not run on {asked}; it runs on {', '.join(info.devices)}"
-    return Refused("UNSUPPORTED", reason, backend, ALL, model, named)
+def _devices(places: list[Hardware]) -> str:
+    return ", ".join(place.device for place in places)

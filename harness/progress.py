@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -10,15 +12,18 @@ from harness.plan import Cell
 
 
 class Progress:
-    """Shows results as they come; with ``live`` also the cell and the phase at work."""
+    """Shows results as they come; with ``live`` also the cell and the phase at work.
 
-    def __init__(self, stream: TextIO, total: int, live: bool) -> None:
+    A stream that can no longer be written to does not end the run: what it would have shown is lost.
+    """
+
+    def __init__(self, stream: TextIO, cells: Sequence[Cell], live: bool) -> None:
         self._stream = stream
-        self._total = total
+        self._cells = cells
         self._cell: Cell | None = None
         self._index = 0
         self._began = time.monotonic()
-        self._bar = _Bar(stream, total) if live else None
+        self._bar = _Bar(stream, len(cells)) if live and cells else None
 
     def __enter__(self) -> Progress:
         return self
@@ -27,24 +32,36 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
     def tell(self, cell: Cell, phase: str) -> None:
         """``cell`` is now doing ``phase``."""
         if cell != self._cell:
             self._cell, self._index = cell, self._index + 1
         if self._bar is not None:
-            self._bar.show(self._index, f"{cell}: {phase}")
+            self._bar.show(self._index, f"{self._label(cell)}: {phase}")
 
     def done(self, text: str) -> None:
         """The cell at work has ended with the result ``text``; stays on the screen."""
         seconds = time.monotonic() - self._began
-        line = f"[{self._index}/{self._total}, {seconds:.0f} s] {self._cell}: {text}"
-        if self._bar is not None:
-            self._bar.print(line)
-        else:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        label = "" if self._cell is None else self._label(self._cell)
+        line = f"[{self._index}/{len(self._cells)}, {seconds:.0f} s] {label}: {text}"
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.print(line)
+            else:
+                self._stream.write(line + "\n")
+                self._stream.flush()
+
+    def _label(self, cell: Cell) -> str:
+        """Backend and scheme; hardware and model where there are several."""
+        words = [cell.backend, cell.scheme]
+        if len({other.hardware.name for other in self._cells}) > 1:
+            words += ["on", cell.hardware.name]
+        if len({other.model for other in self._cells}) > 1:
+            words.append(cell.model)
+        return " ".join(words)
 
 
 class _Bar:
@@ -54,13 +71,14 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         columns = (
             SpinnerColumn(),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         )
         self._progress = RichProgress(*columns, console=Console(file=stream), transient=True)
         self._task = self._progress.add_task("", total=total)

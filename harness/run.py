@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+import shlex
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from backends.api import Unavailable, Unsupported
-from harness.budget import available_bytes, needed_bytes
+from harness.budget import shortage
 from harness.bundle import save_bundle
 from harness.hardware import describe
 from harness.measure import (
@@ -31,14 +32,15 @@ from harness.measure import (
 from harness.memory import MemorySpan
 from harness.models import Model, gate_tokens, open_model
 from harness.parity import Gate, gate, length_check, worst
-from harness.plan import ALL, Cell, Plan, Refused, Request
+from harness.plan import Cell, Plan, Refused, Request, memory_needed
 from harness.rows import Row, RowError
 from harness.session import Opened, open_session
 from harness.stats import derived
 from harness.store import StoreError
 from harness.tolerance import Truth, derive
 from harness.trace_point import first_bad_point
-from reference.errors import InputError
+from reference.config import Config
+from reference.errors import ConfigError, InputError
 from reference.schemes import SCHEMES, apply, stored_bytes
 
 #: Length of the parity gate's prompt; the bound needs at least 32 positions.
@@ -70,13 +72,12 @@ def run(plan: Plan, job: Job, emit: Emit, tell: Tell) -> None:
     for refusal in plan.refused:
         emit(_refused(refusal, job), refusal.by_name)
     for cell in plan.cells:
-        named = ALL not in job.request.backends
         if cell.model not in models:
             tell(cell, "opening the model")
             models.clear()  # one model at a time: two 7B checkpoints do not fit
             gc.collect()
             models[cell.model] = open_model(cell.model, job.request.seed)
-        run_cell(cell, models[cell.model], job, partial(_emit_named, emit, named), tell)
+        run_cell(cell, models[cell.model], job, partial(_emit_named, emit, job.request.explicit), tell)
 
 
 def _emit_named(emit: Emit, named: bool, row: Row) -> None:
@@ -85,14 +86,14 @@ def _emit_named(emit: Emit, named: bool, row: Row) -> None:
 
 def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], tell: Tell) -> None:
     """All rows of one cell. A backend that raises becomes a row that says so."""
+    tell(cell, "loading")
     base = _base(cell, model, job)
-    short = _too_little_memory(cell, model)
+    short = shortage(memory_needed(cell, model.config), cell.hardware.device)
     if short:
         emit(replace(base, verdict="UNAVAILABLE", reason=short))
         return
     span = MemorySpan()
     try:
-        tell(cell, "loading")
         with open_session(cell.backend, model, cell.scheme, cell.hardware.device, cell.threads) as opened:
             _judge_and_measure(cell, model, job, opened, base, span, emit, tell)
     except (RowError, StoreError):
@@ -189,7 +190,7 @@ def _base(cell: Cell, model: Model, job: Job) -> Row:
         isolated=False,
         workload=cell.workload,
         metric="parity",
-        weight_bytes=stored_bytes(config, cell.scheme) if scheme else None,
+        weight_bytes=_weight_bytes(config, cell.scheme),
         command=reproduce(cell, job),
         reason="not run",
     )
@@ -205,7 +206,7 @@ def reproduce(cell: Cell, job: Job) -> str:
         words += ["--repeats", str(job.sampling.repeats)]
     if job.request.seed:
         words += ["--seed", str(job.request.seed)]
-    return " ".join(f"'{word}'" if " " in word else word for word in words)
+    return shlex.join(words)
 
 
 def _parity_rows(base: Row, found: Gate) -> list[Row]:
@@ -263,7 +264,7 @@ def _refused(refusal: Refused, job: Job) -> Row:
         kind="measured",
         run=job.run,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        hardware=",".join(job.request.hardware),
+        hardware=refusal.hardware,
         backend=refusal.backend,
         model=refusal.model,
         scheme=refusal.scheme,
@@ -273,16 +274,12 @@ def _refused(refusal: Refused, job: Job) -> Row:
     )
 
 
-def _too_little_memory(cell: Cell, model: Model) -> str | None:
-    if cell.scheme not in SCHEMES:
+def _weight_bytes(config: Config, scheme: str) -> int | None:
+    """Stored size; None for a scheme that has no codec or does not fit the shapes, which loading then says."""
+    try:
+        return stored_bytes(config, scheme)
+    except ConfigError:
         return None
-    need = needed_bytes(model.config, stored_bytes(model.config, cell.scheme), model.weights.synthetic)
-    have = available_bytes()
-    if cell.hardware.device != "cpu" or need <= have:
-        return None
-    return (
-        f"needs about {need / 2**30:.1f} GiB of memory, {have / 2**30:.1f} GiB are free; try a smaller scheme or model"
-    )
 
 
 def _arithmetic_text(opened: Opened) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.rows import FIELDS, Row, cell
@@ -14,14 +14,24 @@ from harness.rows import FIELDS, Row, cell
 _NOT_IN_CSV = ("samples", "steps", "config", "hardware_detail", "interval", "workload", "first_bad")
 
 
+#: Columns of text; the others are numbers and end at their right edge.
+_LEFT = ("hardware", "model", "backend", "scheme", "parity", "metric", "kind")
+
+
 @dataclass(frozen=True)
 class Table:
-    """Header, lines of equal length, a title that says what all lines share, and notes below."""
+    """Header, lines of equal length, a title that says what all lines share, and notes below.
+
+    left    columns that are aligned at their left edge
+    spare   columns to do without where there is no room, the first one first
+    """
 
     title: str
     header: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    left: tuple[str, ...] = _LEFT
+    spare: tuple[str, ...] = ("1st token", "memory", "error ≤ bound")
 
 
 def speed_table(rows: Sequence[Row]) -> Table:
@@ -30,7 +40,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
     A cell that did not pass shows its verdict where a speed would stand. Columns whose value is the
     same in every line move to the title.
     """
-    cells = _cells(rows)
+    cells = sorted(_cells(rows), key=lambda group: _verdict(group) in _NOT_RUN)  # what ran comes first
     shared, keys = _shared(cells)
     timed = any(row.metric in ("prefill", "decode") for row in rows)
     header = (*keys, "parity", "error ≤ bound")
@@ -71,7 +81,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Every row, one line each, raw samples left out."""
     out = io.StringIO()
     names = [name for name in FIELDS if name not in _NOT_IN_CSV]
-    names += ["prompt_tokens", "decode_tokens", "interval_low", "interval_high"]
+    names += ["prompt_tokens", "decode_tokens", "interval_low", "interval_high", "source"]
     writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
@@ -85,29 +95,32 @@ def to_csv(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """One cell in one line: ``PASS, prefill 9100 tok/s, decode 610 tok/s``."""
     by_metric = {row.metric: row for row in rows}
-    parity = by_metric.get("parity")
-    words = [_verdict(rows)]
-    if parity is not None and words[0] != "PASS" and parity.reason:
-        words.append(parity.reason)
+    verdict = _verdict(rows)
+    why = next((row.reason for row in rows if row.verdict == verdict and row.reason), None)
+    if verdict != "PASS" and why:
+        return f"{verdict}: {why}"
     speeds = [m for m in ("prefill", "decode") if m in by_metric and by_metric[m].value is not None]
-    return ", ".join(words + [f"{m} {_number(by_metric[m].value)} tok/s" for m in speeds])
+    return ", ".join([verdict, *(f"{m} {_number(by_metric[m].value)} tok/s" for m in speeds)])
 
 
 def _cells(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows of one cell together, in the order in which the cells first appear."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row.run, *(part for part in cell(row) if part != row.driver))
+        key = (row.run, *cell(replace(row, driver=None)))
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 
+
+#: Verdicts of cells that never started.
+_NOT_RUN = ("UNAVAILABLE", "UNSUPPORTED")
 
 _KEYS = ("hardware", "model", "backend", "scheme", "threads")
 
 
 def _shared(cells: Sequence[Sequence[Row]]) -> tuple[dict[str, str], list[str]]:
     """What all cells have in common, and the keys that need a column; backend and scheme always do."""
-    values = {key: {_key(group, key) for group in cells} for key in _KEYS}
+    values = {key: {_key(group, key) for group in cells} - {""} for key in _KEYS}
     columns = [key for key in _KEYS if key in ("backend", "scheme") or len(values[key]) > 1]
     return {key: next(iter(values[key])) for key in _KEYS if key not in columns and values[key]}, columns
 
@@ -125,7 +138,7 @@ def _title(rows: Sequence[Row], shared: dict[str, str]) -> str:
     detail = next((row.hardware_detail for row in rows if row.hardware_detail), None)
     if "hardware" in shared:
         name = str(dict(detail).get("name", "")) if detail else ""
-        words.append(shared["hardware"] + (f" ({name})" if name else ""))
+        words.append(shared["hardware"] + (f" ({name})" if name not in ("", shared["hardware"]) else ""))
     if shared.get("threads"):
         words.append(f"{shared['threads']} thread" + "s" * (shared["threads"] != "1"))
     work = {row.workload for row in rows if row.workload is not None and row.metric in ("prefill", "decode")}
@@ -142,6 +155,8 @@ def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
     judged = (verdict, _error(parity))
     if not timed:
         return judged
+    if verdict in _NOT_RUN:
+        return (*judged, "-", "-", "", "")
     if verdict != "PASS":
         return (*judged, verdict, verdict, "", "")
     peak = max((row.peak_bytes for row in group if row.peak_bytes is not None), default=None)
@@ -166,7 +181,13 @@ def _error(row: Row | None) -> str:
     if row is None or row.error is None or row.bound is None:
         return ""
     relation = "≤" if row.error <= row.bound else ">"
-    return f"{row.error:.1e} {relation} {row.bound:.1e}"
+    return f"{_small(row.error)} {relation} {_small(row.bound)}"
+
+
+def _small(value: float) -> str:
+    """``2.1e-6``: an exponent without its leading zero."""
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def _speed(row: Row | None) -> str:
@@ -196,12 +217,11 @@ def _bytes(value: int) -> str:
 
 
 def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:
-    """Why a cell has no figures, and what else was noticed; each once."""
-    notes = []
-    for group in cells:
-        for row in group:
-            if row.verdict not in ("PASS", None) and row.reason and not row.reason.startswith("not timed"):
-                notes.append(f"{row.backend} {row.scheme}: {row.verdict}: {row.reason}")
-            elif row.verdict == "PASS" and row.reason and ("looser" in row.reason or "varied" in row.reason):
-                notes.append(f"{row.backend} {row.scheme}: {row.reason}")
-    return list(dict.fromkeys(notes))
+    """Why cells have no figures, and what else was noticed: each reason once, with the schemes it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in (row for group in cells for row in group):
+        if row.verdict not in ("PASS", None) and row.reason and not row.reason.startswith("not timed"):
+            found.setdefault((row.backend, f"{row.verdict}: {row.reason}"), []).append(row.scheme)
+        elif row.verdict == "PASS" and row.reason and ("looser" in row.reason or "varied" in row.reason):
+            found.setdefault((row.backend, row.reason), []).append(row.scheme)
+    return [f"{backend} {', '.join(dict.fromkeys(schemes))}: {text}" for (backend, text), schemes in found.items()]

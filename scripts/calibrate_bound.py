@@ -87,7 +87,9 @@ def draw(seed: int) -> tuple[Weights, np.ndarray]:
 
     def unround(name: str, tensor: Tensor) -> Tensor:
         array = tensor.array(np.float32)
-        return Tensor.of(array * np.float32(1 + 1e-4 * noise.standard_normal()) if array.ndim == 1 else array)
+        if array.ndim > 1:
+            return Tensor.of(array)
+        return Tensor.of((array * (1 + 1e-3 * noise.standard_normal(array.shape))).astype(np.float32))
 
     return weights.map(unround), rng.integers(0, config.n_vocab, POSITIONS)
 

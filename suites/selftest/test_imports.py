@@ -25,7 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "reference": ("numpy",),
     "backends": ("numpy",),
-    "harness": ("numpy", "psutil", "rich"),
+    "harness": ("numpy", "psutil", "rich", "threadpoolctl"),
     "reports": ("rich",),
 }
 

@@ -178,13 +178,20 @@ def test_scoring_ends_where_forward_does() -> None:
     np.testing.assert_allclose(session.logits(prompt(9), None)[-1], session.forward(prompt(9), None)[0], atol=1e-5)
 
 
-def test_fp16_overflows_as_half_precision_does() -> None:
-    """No hidden rescue: where squared ReLU passes 65504 the result is not finite, and fp32's is."""
-    assert np.isfinite(load("fp32", scale=40.0).logits(prompt(8), None)).all()
-    assert not np.isfinite(load("fp16", scale=40.0).logits(prompt(8), None)).all()
+def test_fp16_overflows_where_half_precision_does() -> None:
+    """No hidden rescue: squared ReLU past 65504 is Inf, in the very channels where fp32 passes it."""
+    exact: dict[str, np.ndarray] = {}
+    half: dict[str, np.ndarray] = {}
+    load("fp32", scale=100.0).trace(prompt(8), None, exact.__setitem__)
+    load("fp16", scale=100.0).trace(prompt(8), None, half.__setitem__)
+    first_bad = next(name for name, x in half.items() if not np.isfinite(x).all())
+    assert first_bad == "blocks.0.ffn.k2"
+    clear = np.abs(exact[first_bad] - 65520) > 0.02 * 65520  # far enough from the edge for rounding not to decide
+    np.testing.assert_array_equal(np.isinf(half[first_bad])[clear], (exact[first_bad] > 65520)[clear])
+    assert all(np.isfinite(x).all() for x in exact.values())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 33])
 def test_every_product_is_rounded_once_from_a_float32_sum(rows: int) -> None:
     """The fp16 paths chosen by size (GEMV, GEMM, upcast) are one arithmetic: half an ulp of the exact product."""
     from backends.torch_eager.linear import make_linear
