@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -81,7 +82,7 @@ def _from_package(point: EntryPoint) -> ModuleType:
 @cache
 def _from_file(path: Path) -> ModuleType:
     """Imported once, however often it is asked for."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long as well
         raise UnknownBackend(f"{path}: no such file; --backend takes a name or the path of a .py file")
     spec = importlib.util.spec_from_file_location(f"rwkv_bench_backend_{path.stem}", path)
     if spec is None or spec.loader is None:

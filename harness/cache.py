@@ -20,8 +20,8 @@ def state_folder() -> Path:
 
 def _user_folder(variable: str, below_home: str) -> Path:
     """``rwkv-bench`` in an XDG folder; a user without a home has one in the temporary folder."""
-    root = os.environ.get(variable)
-    if root:
+    root = os.environ.get(variable, "")
+    if os.path.isabs(root):  # the specification says to ignore a relative one
         return Path(root) / "rwkv-bench"
     try:
         return Path.home() / below_home / "rwkv-bench"

@@ -63,6 +63,8 @@ def _command(argv: list[str]) -> int:
         return _fail(str(error), NOT_AVAILABLE)
     except (UsageError, InputError) as error:
         return _fail(str(error), BAD_INPUT)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), BAD_INPUT)
 
 
 def run(arguments: Namespace) -> int:
@@ -81,7 +83,7 @@ def run(arguments: Namespace) -> int:
     request, sampling = _request(arguments), _sampling(arguments)
     planned = plan(request)
     if arguments.dry_run:
-        return _dry_run(request, planned, sampling, output_format(arguments))
+        return _dry_run(request, planned, sampling, arguments)
     attempted = bool(planned.cells or planned.refused)
     store = store_path(arguments.store, make=attempted)
     check_output(arguments.output, store)
@@ -208,29 +210,25 @@ def _sizes(arguments: Namespace) -> tuple[int, int, int]:
 
 
 def _write_rows(rows: Sequence[Row], arguments: Namespace) -> None:
-    from reports.output import formatted, write_output
+    from reports.output import formatted
 
-    kind = output_format(arguments)
-    if arguments.output:
-        write_output(arguments.output, formatted(rows, kind))
-    else:
-        terminal = sys.stdout.isatty()
-        _out(formatted(rows, kind, shutil.get_terminal_size().columns if terminal else None, terminal))
+    terminal = sys.stdout.isatty() and not arguments.output
+    width = shutil.get_terminal_size().columns if terminal else None
+    _deliver(formatted(rows, output_format(arguments), width, terminal), arguments.output)
 
 
-def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, kind: str) -> int:
+def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, arguments: Namespace) -> int:
     from harness.dry_run import for_people, foresee, records, total, would_run
     from harness.status import NOT_AVAILABLE, exit_code, unmet
     from reports.records import as_json, as_text
 
+    kind = output_format(arguments)
+    if kind not in ("table", "json"):
+        raise UsageError(f"--dry-run has --format table or json, not {kind}")
     cells = foresee(planned, sampling)
     found = records(planned, cells)
-    if kind == "json":
-        _out(as_json({"cells": found}))
-    elif kind == "table":
-        _out((as_text({"cells": for_people(found)}) if found else "") + total(cells) + "\n")
-    else:
-        raise UsageError(f"--dry-run has --format table or json, not {kind}")
+    table = (as_text({"cells": for_people(found)}) if found else "") + total(cells) + "\n"
+    _deliver(as_json({"cells": found}) if kind == "json" else table, arguments.output)
     named = [NOT_AVAILABLE for refusal in planned.refused if refusal.by_name]
     missing = bool(planned.absent or unmet(request, would_run(cells)))
     return exit_code([*named, NOT_AVAILABLE] if missing else named)
@@ -238,6 +236,16 @@ def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, kind: s
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")
+
+
+def _deliver(text: str, output: str | None) -> None:
+    """To the file that ``--output`` names, else to stdout."""
+    from reports.output import write_output
+
+    if output:
+        write_output(output, text)
+    else:
+        _out(text)
 
 
 def _out(text: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +84,7 @@ def is_generated(name: str) -> bool:
 
 def looks_like_path(name: str) -> bool:
     """Whether a model name is meant as a path: it exists, or has a folder or a file ending in it."""
-    return os.sep in name or "/" in name or Path(name).exists() or bool(Path(name).suffix)
+    return os.sep in name or "/" in name or os.path.exists(name) or bool(Path(name).suffix)
 
 
 def _preset(name: str) -> Config:
@@ -121,16 +123,14 @@ def content_hash(path: Path) -> str:
     facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     note = cache_folder() / "sha256" / key
-    try:
-        return note.read_text().strip()
-    except OSError:
-        pass
+    with suppress(OSError, UnicodeDecodeError):
+        known = note.read_text(encoding="ascii")
+        if re.fullmatch(r"[0-9a-f]{64}", known):  # not what a killed writer or a full disk left
+            return known
     digest = _hash_files(files)
-    try:
+    with suppress(OSError):  # a cache that cannot be written is done without
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(digest)
-    except OSError:
-        pass  # a cache that cannot be written is done without
+        note.write_text(digest, encoding="ascii")
     return digest
 
 

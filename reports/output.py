@@ -36,19 +36,22 @@ def check_output(path: str | None, store: Path) -> None:
     """Raise StoreError now if ``--output`` could not be written after the run, or would replace the store."""
     if path is None:
         return
-    if store.exists() and Path(path).exists() and store.samefile(path):
+    if os.path.exists(store) and os.path.exists(path) and os.path.samefile(store, path):
         raise StoreError(f"cannot write {path}: it is the store of measured rows; give --output another file")
     if os.path.isdir(path):
         raise StoreError(f"cannot write {path}: it is a folder; give a file in it")
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise StoreError(f"cannot write {path}: Permission denied; give a file that you may write")
-    if not os.path.exists(path) or os.path.isfile(path):
-        part = _part(path)
-        try:
-            part.touch()
-        except OSError as error:
-            raise StoreError(_explain(path, error)) from None
-        part.unlink()
+    if os.path.exists(path) and not os.path.isfile(path):
+        return
+    part = _part(path)
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # a name too long, a folder that cannot be searched
+        part.touch()
+    except OSError as error:
+        raise StoreError(_explain(path, error)) from None
+    part.unlink()
 
 
 def write_output(path: str, text: str) -> None:

@@ -52,6 +52,11 @@ def faulty(device: str, small: str) -> tuple[str, ...]:
         ("generate ''", "the prompt is empty"),
         ("generate x --quant foo", "no scheme 'foo'"),
         ("nonsense", "no command 'nonsense'"),
+        (f"--model {'x' * 5000}", "no model"),
+        (f"--model {'x' * 5000}.pth", "too long"),
+        (f"--backend {'x' * 5000}.py", "no such file"),
+        (f"--store {'x' * 5000}", "too long"),
+        (f"--output {'x' * 5000}", "too long"),
         ("--threads 0", "see rwkv-bench run --help"),
     ],
 )

@@ -214,5 +214,5 @@ def test_a_name_that_no_cell_answers_is_unmet() -> None:
 
 
 def test_a_model_path_is_checked_with_the_plan(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="gone.pth"):
+    with pytest.raises(InputError, match=r"gone\.pth"):
         plan(Request(models=(str(tmp_path / "gone.pth"),)))

@@ -1,0 +1,144 @@
+"""``rwkv-bench list``: complete, true, quick, and without any runtime."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backends.api import BackendInfo, Unavailable
+from backends.index import UnknownBackend
+from harness import hardware, listing
+from harness.hardware import Hardware
+from reference.numerics import Arithmetic
+from reports.records import as_json, as_text
+from suites.selftest.conftest import Done
+
+ROOT = Path(__file__).parents[2]
+
+
+def module(**names: Any) -> Any:
+    info = BackendInfo("x", "a test", "here", ("cpu",), {"fp32": Arithmetic(), "own4": Arithmetic()})
+    return SimpleNamespace(INFO=info, load=None, **names)
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Backends to list instead of ours, by name."""
+    modules: dict[str, Any] = {}
+
+    def load(name: str) -> Any:
+        if isinstance(modules[name], Exception):
+            raise modules[name]
+        return modules[name]
+
+    monkeypatch.setattr(listing, "backend_names", lambda: list(modules))
+    monkeypatch.setattr(listing, "load_backend", load)
+    return modules
+
+
+def missing() -> None:
+    raise Unavailable("x is not installed", "pip install x")
+
+
+def broken() -> None:
+    raise OSError("libx.so: cannot open shared object file")
+
+
+def test_a_backend_is_ready_or_says_how_to_get_it(found: dict[str, Any]) -> None:
+    found["ready"] = module()
+    found["missing"] = module(check=missing)
+    found["broken"] = module(check=broken)
+    found["gone"] = UnknownBackend("gone (pkg.gone): importing it raised ImportError: no pkg")
+    status = {record["name"]: record["status"] for record in listing.collect("backends")["backends"]}
+    assert status == {
+        "ready": "ready",
+        "missing": "x is not installed; pip install x",
+        "broken": "broken: check() raised OSError: libx.so: cannot open shared object file",
+        "gone": "gone (pkg.gone): importing it raised ImportError: no pkg",
+    }
+
+
+def test_schemes_name_their_backends_and_those_without_a_codec_say_so(found: dict[str, Any]) -> None:
+    found["x"] = module()
+    found["gone"] = UnknownBackend("gone")
+    schemes = {record["name"]: record for record in listing.collect("schemes")["schemes"]}
+    assert schemes["fp32"]["backends"] == ["x"]
+    assert schemes["Q4_0"]["backends"] == []
+    assert schemes["Q4_0"]["class"] == "int4"
+    assert "no kernel parity" in schemes["own4"]["description"]
+
+
+def test_hardware_here_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = (Hardware("cpu", "cpu", "Some CPU"), Hardware("h200", "cuda:0", "NVIDIA H200"))
+    monkeypatch.setattr(listing, "local_hardware", lambda: here)
+    records = listing.collect("hardware")["hardware"]
+    assert [record["name"] for record in records if record["here"]] == ["cpu", "h200"]
+    assert [record["name"] for record in records].count("h200") == 1
+    assert records[-1]["here"] is False
+
+
+@pytest.mark.parametrize(
+    ("detail", "name"),
+    [
+        ("NVIDIA A800-SXM4-80GB", "a800"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 3060 Ti", "rtx3060ti"),
+        ("Apple M2 Pro", "m2pro"),
+        ("Apple M2", "m2"),
+        ("Some New GPU (2 GiB)", "some-new-gpu-2-gib"),
+    ],
+)
+def test_short_names_of_hardware(detail: str, name: str) -> None:
+    assert hardware.short_name(detail) == name
+
+
+def test_models_have_the_sizes_of_the_paper() -> None:
+    models = {record["name"]: record for record in listing.collect("models")["models"]}
+    assert models["169m"]["parameters"] == 169_342_464
+    assert models["7b-world"]["vocabulary"] == 65536
+    assert models["14b"]["layers"] == 40
+
+
+def test_text_is_aligned_and_json_is_one_document(bench: Callable[..., Done]) -> None:
+    done = bench("list", "--format", "json")
+    assert done.code == 0
+    document = json.loads(done.out)
+    assert set(document) == {"schema", "backends", "schemes", "hardware", "models"}
+    assert document["backends"][0]["name"] == "numpy"
+    text = bench("list", "schemes").out.splitlines()
+    assert text[0] == "schemes:"
+    column = text[1].index("class")
+    assert {line[column - 1] for line in text[1:]} == {" "}
+    assert bench("list").out.count(":\n") == 4
+
+
+def test_records_of_different_fields_are_one_table() -> None:
+    assert as_text({"a": [{"x": 1, "y": [1, 2]}, {"x": 2_000_000, "z": True}]}) == (
+        "a:\n  x    y     z\n  1    1, 2\n  2 M        yes\n"
+    )
+    assert json.loads(as_json({"a": [{"x": None}]})) == {"schema": 1, "a": [{"x": None}]}
+
+
+def test_it_imports_no_runtime_and_takes_half_a_second() -> None:
+    heavy = ("torch", "pandas", "matplotlib", "tokenizers", "rich", "transformers")
+    code = (
+        "import sys, harness.cli; status = harness.cli.main(['list']);"
+        f"print(*(m for m in {heavy} if m in sys.modules), file=sys.stderr); sys.exit(status)"
+    )
+
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stderr.strip() == ""
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(once() for _ in range(2)) < 0.5  # CPU time: what others do to this machine is not its fault
