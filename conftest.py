@@ -29,7 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quant", default=ALL, help="schemes, or classes such as int4")
     group.addoption("--device", default=ALL, help="cpu, cuda, mps")
     group.addoption("--model", default="tiny", help="tiny, a preset or a checkpoint path")
-    group.addoption("--threads", type=int, default=None, help="CPU threads of each session (default: 1, to time: all)")
+    group.addoption("--threads", type=_threads, default=None, help="CPU threads (default: 1, to time: all)")
+
+
+def _threads(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise pytest.UsageError(f"--threads {text}: a whole number of at least 1 is needed")
+    return int(text)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -86,7 +92,7 @@ def opened(cell: Cell, model: Model, pytestconfig: pytest.Config) -> Iterator[Op
         with open_session(cell.backend, model, cell.scheme, cell.hardware.device, cell.threads) as session:
             yield session
     except (Unavailable, Unsupported) as error:
-        if pytestconfig.getoption("--backend") != ALL:
+        if any(pytestconfig.getoption(f"--{name}") != ALL for name in ("backend", "quant", "device")):
             pytest.fail(f"{cell}: {error}", pytrace=False)
         pytest.skip(f"{cell}: {error}")
 

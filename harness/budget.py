@@ -34,14 +34,15 @@ def available_bytes() -> int:
 
 
 def needed_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, synthetic: bool) -> int:
-    """Estimate for one cell: the backend's weights, synthetic ones it is given, activations, and overhead.
+    """Estimate for one cell: the backend's weights, synthetic ones that are kept beside, activations, overhead.
 
     The parity gate upcasts one matrix at a time to float64, so its share is the largest matrix. A
     checkpoint file is mapped, not held. A scheme without a codec here counts as fp32.
     """
     largest = max(config.n_vocab, config.n_ffn) * config.n_embd
     activations = 4 * prompt_tokens * (3 * config.n_ffn + 8 * config.n_embd)
-    source = 2 * count_parameters(config) if synthetic else 0
+    made = 2 * count_parameters(config)
+    source = made if synthetic and keeps(made) else 0
     return _weight_bytes(config, scheme, backend) + source + 8 * largest + activations + _OVERHEAD_BYTES
 
 
@@ -51,6 +52,11 @@ def shortage(needed: int, device: str) -> str | None:
     if device != "cpu" or needed <= have:
         return None
     return f"needs about {needed / GIB:.1f} GiB of memory, {have / GIB:.1f} GiB are free; try a smaller scheme or model"
+
+
+def keeps(made: int) -> bool:
+    """Whether synthetic weights of this many bytes are kept once made: where half the free memory takes them."""
+    return 2 * made <= available_bytes()
 
 
 def hold(weights: Weights) -> Weights:

@@ -20,16 +20,12 @@ from harness.interrupt import Terminated, terminable
 from harness.options import TextWanted, UsageError, output_format, parse
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from harness.collect import Collector
     from harness.measure import Sampling
     from harness.plan import Plan, Request
     from harness.rows import Row
-
-#: Prompt tokens, decode tokens, repeats.
-DEFAULT = (256, 64, 7)
-QUICK = (64, 16, 3)
-
-#: Measuring one metric of one cell stops after this long, with no fewer samples than an interval needs.
-BUDGET_SECONDS = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,32 +65,19 @@ def _command(argv: list[str]) -> int:
 
 def run(arguments: Namespace) -> int:
     """``run`` and ``parity``: measure every cell, then print the table."""
-    from harness.collect import Collector, store_path
+    from harness.asked import requested, sampling_of
+    from harness.collect import store_path
     from harness.plan import plan
-    from harness.progress import Progress
-    from harness.run import Job, new_run_id
-    from harness.run import run as run_plan
-    from harness.status import NOT_AVAILABLE, exit_code, ran, row_code, unmet
-    from reference.errors import InputError
     from reports.output import check_output
     from reports.published import published_rows
-    from reports.tables import summary
 
-    request, sampling = _request(arguments), _sampling(arguments)
+    request, sampling = requested(arguments), sampling_of(arguments)
     planned = plan(request)
     if arguments.dry_run:
         return _dry_run(request, planned, sampling, arguments)
-    attempted = bool(planned.cells or planned.refused)
-    store = store_path(arguments.store, make=attempted)
+    store = store_path(arguments.store, make=bool(planned.cells or planned.refused))
     check_output(arguments.output, store)
-    with Progress(sys.stderr, planned.cells, sys.stderr.isatty()) as progress:
-        collector = Collector(store, progress, summary)
-        stopped: BaseException | None = None
-        try:
-            run_plan(planned, Job(request, sampling, new_run_id()), collector.add, collector.tell)
-        except (KeyboardInterrupt, InputError) as error:
-            stopped = error  # what has been measured is printed first
-        collector.finish_cell()
+    collector, stopped = _measure(request, planned, sampling, store)
     published = [row for name in planned.absent for row in published_rows(name, request.schemes)]
     try:
         _write_rows([*collector.rows, *published], arguments)
@@ -106,16 +89,44 @@ def run(arguments: Namespace) -> int:
             _say(f"{count} {'row' if count == 1 else 'rows'} added to {store}")
     if stopped is not None:
         raise stopped
+    return _status(request, planned, collector, {row.hardware for row in published})
+
+
+def _measure(
+    request: Request, planned: Plan, sampling: Sampling | None, store: Path
+) -> tuple[Collector, BaseException | None]:
+    """Run the plan; what ended it early is returned, because what has been measured is printed first."""
+    from harness.cell_rows import Job
+    from harness.collect import Collector
+    from harness.progress import Progress
+    from harness.run import new_run_id
+    from harness.run import run as run_plan
+    from reference.errors import InputError
+    from reports.tables import summary
+
+    with Progress(sys.stderr, planned.cells, sys.stderr.isatty()) as progress:
+        collector = Collector(store, progress, summary)
+        stopped: BaseException | None = None
+        try:
+            run_plan(planned, Job(request, sampling, new_run_id()), collector.add, collector.tell)
+        except (KeyboardInterrupt, InputError) as error:
+            stopped = error
+        collector.finish_cell()
+    return collector, stopped
+
+
+def _status(request: Request, planned: Plan, collector: Collector, published: set[str]) -> int:
+    """Exit status of a finished run, with a line for what was asked by name and nothing ran for."""
+    from harness.status import NOT_AVAILABLE, exit_code, ran, row_code, unmet
+
     codes = [row_code(row, named) for row, named in zip(collector.rows, collector.named, strict=True)]
     found = ran(collector.rows)
-    missing = unmet(request, found, planned.absent) if attempted else []
-    if missing:
-        codes.append(NOT_AVAILABLE)
+    missing = unmet(request, found, planned.absent) if collector.rows else []
+    codes += [NOT_AVAILABLE] * bool(missing)
     if missing and found:
         _say(f"nothing ran for {', '.join(missing)}")
     for name in planned.absent:
-        shown = any(row.hardware == name for row in published)
-        what = "only published figures are shown" if shown else "and no figures of it are published here"
+        what = "only published figures are shown" if name in published else "and no figures of it are published here"
         codes.append(_fail(f"{name} is not in this machine; nothing was measured on it, {what}", NOT_AVAILABLE))
     return exit_code(codes)
 
@@ -126,13 +137,14 @@ def list_what_is_here(arguments: Namespace) -> int:
     from reports.records import as_json, as_text
 
     found = collect(arguments.what)
-    _out(as_json(found) if arguments.format == "json" else as_text(found))
+    _out(as_json(found) if arguments.format == "json" else as_text(found, _columns()))
     return 0
 
 
 def generate(arguments: Namespace) -> int:
     """``generate``: text to stdout as it comes, its speed to stderr."""
-    from harness.generate import NonFiniteLogits, Speed, only_cell, speeds
+    from harness.asked import only_cell
+    from harness.generate import NonFiniteLogits, Speed, speeds
     from harness.generate import generate as tokens_of
     from harness.models import open_model
     from harness.session import open_session
@@ -140,10 +152,10 @@ def generate(arguments: Namespace) -> int:
     from reference.errors import InputError
 
     cell = only_cell(arguments)
-    text = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
+    data = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
     model = open_model(cell.model, arguments.seed)
     tokenizer = model.tokenizer()
-    prompt = tokenizer.encode(text)
+    prompt = tokenizer.encode(data)
     if not prompt:
         raise InputError("the prompt is empty; at least one token is needed")
     speed, stream = Speed(), tokenizer.stream()
@@ -152,7 +164,7 @@ def generate(arguments: Namespace) -> int:
         options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
         options["stop"] = tokenizer.end_of_text
         try:
-            _out(text.decode("utf-8", "replace"))
+            _out(data.decode("utf-8", "replace"))
             for token in tokens_of(opened.session, prompt, arguments.tokens, speed=speed, **options):
                 _out(stream.feed(token))
         except NonFiniteLogits as error:
@@ -172,49 +184,11 @@ _COMMANDS: dict[str, Callable[[Namespace], int]] = {
 }
 
 
-def _request(arguments: Namespace) -> Request:
-    from harness.measure import Workload
-    from harness.plan import Request
-
-    prompt, decode, _ = _sizes(arguments)
-    return Request(
-        models=arguments.model,
-        backends=arguments.backend,
-        schemes=arguments.quant,
-        hardware=arguments.hardware,
-        devices=arguments.device,
-        threads=arguments.threads,
-        workload=Workload(prompt, decode),
-        seed=arguments.seed,
-    )
-
-
-def _sampling(arguments: Namespace) -> Sampling | None:
-    from harness.measure import Sampling
-
-    if arguments.command == "parity":
-        return None
-    repeats = _sizes(arguments)[2]
-    return Sampling(repeats=repeats, warmup=1, budget_s=BUDGET_SECONDS, minimum=min(repeats, 6))
-
-
-def _sizes(arguments: Namespace) -> tuple[int, int, int]:
-    if arguments.command == "parity":
-        return DEFAULT
-    default = QUICK if arguments.quick else DEFAULT
-    return (
-        arguments.prompt_tokens or default[0],
-        arguments.decode_tokens or default[1],
-        arguments.repeats or default[2],
-    )
-
-
 def _write_rows(rows: Sequence[Row], arguments: Namespace) -> None:
     from reports.output import formatted
 
-    terminal = sys.stdout.isatty() and not arguments.output
-    width = shutil.get_terminal_size().columns if terminal else None
-    _deliver(formatted(rows, output_format(arguments), width, terminal), arguments.output)
+    columns = None if arguments.output else _columns()
+    _deliver(formatted(rows, output_format(arguments), columns, columns is not None), arguments.output)
 
 
 def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, arguments: Namespace) -> int:
@@ -227,7 +201,8 @@ def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, argumen
         raise UsageError(f"--dry-run has --format table or json, not {kind}")
     cells = foresee(planned, sampling)
     found = records(planned, cells)
-    table = (as_text({"cells": for_people(found)}) if found else "") + total(cells) + "\n"
+    columns = None if arguments.output else _columns()
+    table = (as_text({"cells": for_people(found)}, columns) if found else "") + total(cells) + "\n"
     _deliver(as_json({"cells": found}) if kind == "json" else table, arguments.output)
     named = [NOT_AVAILABLE for refusal in planned.refused if refusal.by_name]
     missing = bool(planned.absent or unmet(request, would_run(cells)))
@@ -236,6 +211,11 @@ def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, argumen
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")
+
+
+def _columns() -> int | None:
+    """Columns of the terminal; None where stdout is none, so that nothing is cut or wrapped."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _deliver(text: str, output: str | None) -> None:

@@ -119,23 +119,17 @@ def logits_error(got: np.ndarray, truth: np.ndarray, unit: float | None = None) 
     )
 
 
-def align_states(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both canonical states ``(n_layer, 5, n_embd)`` moved to the larger ``pp`` of the two.
+def at_exponent(state: np.ndarray, pp: np.ndarray) -> np.ndarray:
+    """A canonical state ``(n_layer, 5, n_embd)`` moved to the exponents ``pp (n_layer, n_embd)``.
 
-    The state stands for ``aa e^pp`` and ``bb e^pp``: a shift of pp, with aa and bb scaled to match,
-    is the same state. Infinite or NaN exponents stay visible in aa and bb.
+    It stands for ``aa e^pp`` and ``bb e^pp``: a shift of pp, with aa and bb scaled to match, is the same
+    state. What cannot be moved becomes Inf or NaN in aa and bb, never small.
     """
-    a, b = _pair(a, b)
-    pp = np.maximum(a[:, PP], b[:, PP])
-    return _move(a, pp), _move(b, pp)
-
-
-def _move(state: np.ndarray, pp: np.ndarray) -> np.ndarray:
-    out = state.copy()
-    with np.errstate(invalid="ignore", over="ignore"):
-        factor = np.exp(state[:, PP] - pp)
-    out[:, AA] *= factor
-    out[:, BB] *= factor
+    out = np.array(state, dtype=np.float64)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        factor = np.exp(out[:, PP] - pp)
+        out[:, AA] *= factor
+        out[:, BB] *= factor
     out[:, PP] = pp
     return out
 
@@ -154,8 +148,12 @@ class StateError:
 
 
 def state_error(got: np.ndarray, truth: np.ndarray) -> StateError:
-    """Compare canonical states ``(n_layer, 5, n_embd)`` after moving both to one ``pp``."""
-    a, b = align_states(got, truth)
+    """Compare canonical states ``(n_layer, 5, n_embd)`` at truth's ``pp``, where truth's ``bb`` is at least 1.
+
+    Any other common exponent would be the backend's to choose, and a large one makes every error small.
+    """
+    a, b = _pair(got, truth)
+    a = at_exponent(a, b[:, PP])
     rows = (FFN_X, ATT_X, AA, BB)
     table = np.array([[nrms(a[layer, row], b[layer, row]) for row in rows] for layer in range(len(a))])
     layer, row = np.unravel_index(int(np.argmax(table)), table.shape)

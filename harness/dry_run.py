@@ -86,10 +86,11 @@ def total(cells: Sequence[Foreseen]) -> str:
     """How many cells, how long, how much."""
     running = [it for it in cells if it.reason is None]
     most = max((it.bytes for it in running), default=0)
-    return (
-        f"{len(running)} of {len(cells)} cells, about {duration(sum(it.seconds for it in running))} and at most "
-        f"{most / GIB:.1f} GiB, predicted from a probe of this CPU; nothing was run"
-    )
+    count = f"{len(running)} of {len(cells)} cells would run"
+    if not running:
+        return f"{count}; nothing was run"
+    took = duration(sum(it.seconds for it in running))
+    return f"{count}, about {took} and at most {most / GIB:.1f} GiB (predicted from a probe); nothing was run"
 
 
 def would_run(cells: Sequence[Foreseen]) -> set[Ran]:

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from harness.budget import shortage
+from harness.budget import keeps, shortage
 from harness.measure import Sampling
-from harness.models import model_config
+from harness.models import is_generated, model_config
 from harness.plan import Cell, memory_needed
 from harness.run import GATE_TOKENS
 from harness.tolerance import DRAWS
@@ -19,6 +19,9 @@ from reference.schemes import SCHEMES, bytes_read_per_token
 
 #: Interpreter and call overhead of one layer of one forward call, eager Python.
 _CALL_SECONDS_PER_LAYER = 1.5e-4
+
+#: Normal numbers that numpy draws.
+_DRAWN_PER_SECOND = 1e8
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None
     def batch(tokens: int) -> float:
         return tokens * flop_per_token / rate + call + tokens * config.n_layer * 5e-6  # the WKV loop
 
-    load = 4.0 * count_parameters(config) / 1e9
+    load = 4.0 * count_parameters(config) / 1e9 + _making_seconds(cell.model, config)
     gate = (DRAWS + 6) * batch(GATE_TOKENS) + (GATE_TOKENS + 4) * step
     seconds = load + gate
     if sampling is not None:
@@ -55,6 +58,14 @@ def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None
         seconds += timed if sampling.budget_s is None else min(timed, max(2 * sampling.budget_s, timed / runs))
     needed = memory_needed(cell, config)
     return Estimate(seconds, needed, shortage(needed, cell.hardware.device))
+
+
+def _making_seconds(model: str, config: Config) -> float:
+    """Synthetic weights are drawn once where they are kept, else each time the backend or the gate reads them."""
+    if not is_generated(model):
+        return 0.0
+    reads = 1 if keeps(2 * count_parameters(config)) else 3 + DRAWS
+    return reads * count_parameters(config) / _DRAWN_PER_SECOND
 
 
 @lru_cache(maxsize=1)

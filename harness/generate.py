@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from backends.api import Session, Unavailable, Unsupported
-from harness.budget import shortage
+from backends.api import Session
 from harness.compare import first_non_finite
-from harness.measure import Workload
-from harness.models import model_config
-from harness.plan import ALL, Cell, Request, memory_needed, plan
 
 
 class NonFiniteLogits(Exception):
@@ -29,26 +24,6 @@ class Speed:
     prompt_ns: int = 0
     decode_tokens: int = 0
     decode_ns: int = 0
-
-
-def only_cell(arguments: Namespace) -> Cell:
-    """The one cell that ``generate``'s options mean; raises InputError, Unsupported or Unavailable."""
-    request = Request(
-        models=(arguments.model,),
-        backends=(arguments.backend,),
-        schemes=(arguments.quant or ALL,),
-        devices=(arguments.device,),
-        threads=arguments.threads,
-        workload=Workload(1, arguments.tokens),
-    )
-    planned = plan(request)
-    if not planned.cells:
-        raise Unsupported(planned.refused[0].reason)
-    cell = planned.cells[0]
-    short = shortage(memory_needed(cell, model_config(cell.model)), cell.hardware.device)
-    if short is not None:
-        raise Unavailable(short)
-    return cell
 
 
 def speeds(speed: Speed) -> str:

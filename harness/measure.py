@@ -82,15 +82,22 @@ def measure_first_call(session: Session, prompt: Sequence[int], clock: Clock = t
 def measure_prefill(
     session: Session, prompt: Sequence[int], sampling: Sampling, clock: Clock = time.perf_counter_ns
 ) -> Samples:
-    """Time ``forward(prompt, None)``, and up to the first token id in the same samples."""
+    """Time ``forward(prompt, None)``, and up to the first token id in the same samples.
+
+    Every call gets the prompt turned by one token more, so that a runtime that remembers prompts is not
+    timed at remembering.
+    """
     watch = _Watch()
+    turned = _Turned(prompt)
 
     def take(phase: str, sample: int) -> tuple[int, int]:
+        tokens = turned.next()
         with _gc_paused():
             start = clock()
-            logits, _ = session.forward(prompt, None)
+            logits, _ = session.forward(tokens, None)
             prefill = clock() - start
             watch.see(logits, phase, sample, 0)
+            turned.logits = logits
             start = clock()
             _argmax(logits)
             return prefill, prefill + clock() - start
@@ -102,8 +109,22 @@ def measure_prefill(
         warmup_ns=tuple(prefill for prefill, _ in taken.warmup),
         stopped=taken.stopped,
         first_token_ns=tuple(first for _, first in taken.samples),
+        last_prompt=tuple(turned.tokens),
+        last_logits=turned.logits,
         non_finite_at=watch.found,
     )
+
+
+class _Turned:
+    """A prompt, turned by one token more at each ``next``; what the last call over it returned."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.tokens = [int(token) for token in prompt]
+        self.logits: np.ndarray | None = None
+
+    def next(self) -> list[int]:
+        self.tokens = self.tokens[1:] + self.tokens[:1]
+        return self.tokens
 
 
 def measure_decode(
@@ -137,6 +158,7 @@ def measure_decode(
         driver=chosen,
         steps=tuple(run.ns for run in taken.samples) if chosen == LOOP else (),
         ids=first,
+        last_ids=taken.samples[-1].ids,
         ids_varied=any(run.ids != first for run in (*taken.warmup, *taken.samples)),
         non_finite_at=watch.found,
     )

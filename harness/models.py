@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import reference
-from harness.budget import available_bytes
+from harness.budget import keeps
 from harness.cache import cache_folder
 from harness.names import did_you_mean
 from reference.checkpoint import load_checkpoint
@@ -97,8 +97,8 @@ def _preset(name: str) -> Config:
 
 
 def _kept(weights: Weights, config: Config) -> Weights:
-    """Synthetic tensors are made at every read; keep them as stored where half the free memory takes them."""
-    if weights.nbytes * 2 > available_bytes():
+    """Synthetic tensors are made at every read; keep them as stored where memory allows."""
+    if not keeps(weights.nbytes):
         return weights
     made: dict[str, np.ndarray] = {}
 
@@ -148,12 +148,24 @@ def _blocks(files: list[Path]) -> Iterator[bytes]:
                 yield block
 
 
+#: Of the gate's prompt, the last ids are drawn from the whole vocabulary: text alone never meets most of it.
+SPREAD = slice(36, 48)
+
+
 def gate_tokens(model: Model, n: int, seed: int = 0) -> list[int]:
-    """The prompt of the parity gate: ``n`` ids of real text where the tokenizer is at hand, else random ids."""
+    """The prompt of the parity gate and of timing: ``n`` ids; another ``seed`` gives another prompt.
+
+    Real text from a place that ``seed`` decides, with the ids at SPREAD from the whole vocabulary; random
+    ids throughout where the tokenizer's file is not at hand.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [int(i) for i in rng.integers(0, model.config.n_vocab, n)]
     text = (EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
+    start = 7919 * seed % len(text)
     try:
-        ids = [int(i) for i in model.tokenizer().encode(text[: 16 * n])]
-        return (ids * (n // len(ids) + 1))[:n]
+        ids = [int(i) for i in model.tokenizer().encode((text[start:] + text[:start])[: 16 * n])]
     except InputError:
-        rng = np.random.default_rng(seed)
-        return [int(i) for i in rng.integers(0, model.config.n_vocab, n)]
+        return drawn
+    prompt = (ids * (n // len(ids) + 1))[:n]
+    prompt[SPREAD] = drawn[SPREAD]
+    return prompt

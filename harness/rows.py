@@ -26,7 +26,8 @@ KINDS = ("measured", "recorded", "published", "predicted")
 VERDICTS = ("PASS", "FAIL", "UNSUPPORTED", "UNAVAILABLE", "CRASHED", "TIMEOUT")
 DRIVERS = (LOOP, GREEDY)
 
-#: Metric -> unit of ``value`` and ``interval``. ``nrms`` is error / rms(truth).
+#: Metric -> unit of ``value`` and ``interval``. ``nrms``: in units of truth's spread over the vocabulary
+#: (logits), or of truth's RMS (state).
 METRIC_UNITS: dict[str, str] = {
     "prefill": "tok/s",
     "decode": "tok/s",
@@ -58,7 +59,8 @@ class Row:
     samples          raw: nanoseconds for times and rates, the metric's own unit else
     steps            decode by ``loop``: nanoseconds of every step of every sample
     peak_bytes       growth of resident memory since before load (:mod:`harness.memory`)
-    error, bound     parity: normalised RMS error and what it may be
+    error, bound     parity: the error that is largest against its bound, and what it may be
+    statistic        parity: which error that is, such as ``worst position`` (:mod:`harness.tolerance`)
     first_bad        parity: any JSON value that says where
     extra            fields this version does not know, kept and written back
     """
@@ -95,6 +97,7 @@ class Row:
     command: str | None = None
     verdict: str | None = None
     reason: str | None = None
+    statistic: str | None = None
     error: float | None = None
     bound: float | None = None
     first_bad: Any = None

@@ -9,39 +9,47 @@ from __future__ import annotations
 import gc
 import os
 import secrets
-import shlex
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-from backends.api import Unavailable, Unsupported
+from backends.api import Session, Unavailable, Unsupported
 from harness.budget import shortage
 from harness.bundle import save_bundle
-from harness.hardware import describe
+from harness.cell_rows import (
+    Job,
+    arithmetic_text,
+    base_row,
+    no_speed_row,
+    parity_rows,
+    refused_row,
+    reproduce,
+    sampled_row,
+    timed_row,
+)
+from harness.checks import NAN, Check
 from harness.measure import (
     MeasureError,
     Samples,
-    Sampling,
     measure_decode,
     measure_first_call,
     measure_prefill,
 )
 from harness.memory import MemorySpan
 from harness.models import Model, gate_tokens, open_model
-from harness.parity import Gate, gate, length_check, worst
-from harness.plan import Cell, Plan, Refused, Request, memory_needed
+from harness.parity import Gate, gate
+from harness.plan import Cell, Plan, memory_needed
 from harness.rows import Row, RowError
 from harness.session import Opened, open_session
-from harness.stats import derived
 from harness.store import StoreError
-from harness.tolerance import Truth, derive
+from harness.timed_check import decode_checks, following, long_check, prefill_checks
+from harness.tolerance import Truth, beyond_gate, derive
 from harness.trace_point import first_bad_point
-from reference.config import Config
-from reference.errors import ConfigError, InputError
-from reference.schemes import SCHEMES, apply, stored_bytes
+from reference.errors import InputError
+from reference.schemes import apply
 
 #: Length of the parity gate's prompt; the bound needs at least 32 positions.
 GATE_TOKENS = 48
@@ -50,15 +58,6 @@ GATE_TOKENS = 48
 Emit = Callable[[Row, bool], None]
 #: Called with the cell that starts and with what it is doing.
 Tell = Callable[[Cell, str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to do with each cell: ``sampling`` is ``None`` where only verdicts are wanted."""
-
-    request: Request
-    sampling: Sampling | None
-    run: str
 
 
 def new_run_id() -> str:
@@ -70,7 +69,7 @@ def run(plan: Plan, job: Job, emit: Emit, tell: Tell) -> None:
     """Run every cell in order. Whatever one cell does, the next one runs; only Ctrl-C goes through."""
     models: dict[str, Model] = {}
     for refusal in plan.refused:
-        emit(_refused(refusal, job), refusal.by_name)
+        emit(refused_row(refusal, job), refusal.by_name)
     for cell in plan.cells:
         if cell.model not in models:
             tell(cell, "opening the model")
@@ -87,7 +86,7 @@ def _emit_named(emit: Emit, named: bool, row: Row) -> None:
 def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], tell: Tell) -> None:
     """All rows of one cell. A backend that raises becomes a row that says so."""
     tell(cell, "loading")
-    base = _base(cell, model, job)
+    base = base_row(cell, model, job)
     short = shortage(memory_needed(cell, model.config), cell.hardware.device)
     if short:
         emit(replace(base, verdict="UNAVAILABLE", reason=short))
@@ -122,21 +121,20 @@ def _judge_and_measure(
     emit: Callable[[Row], None],
     tell: Tell,
 ) -> None:
-    base = replace(base, backend_version=opened.version, arithmetic=_arithmetic_text(opened))
+    session = opened.session
+    base = replace(base, backend_version=opened.version, arithmetic=arithmetic_text(opened))
     prompt = gate_tokens(model, max(GATE_TOKENS, cell.workload.prompt_tokens), job.request.seed)
     timed = prompt[: cell.workload.prompt_tokens]
     first: Samples | None = None
     if job.sampling is not None:
         tell(cell, "first call")
-        first = measure_first_call(opened.session, timed)
+        first = measure_first_call(session, timed)
     load_peak = span.peak().growth_bytes
     tell(cell, "deriving the bound")
     truth = derive(model.weights, cell.scheme, opened.arithmetic, prompt[:GATE_TOKENS], model.sha256)
     tell(cell, "parity")
-    found = gate(opened.session, truth)
-    if found.passed and len(timed) > GATE_TOKENS:
-        found = Gate((*found.logits, length_check(opened.session, timed, truth)), found.state)
-    rows = _parity_rows(base, found)
+    found = _judge(cell, model, session, truth, timed, first)
+    rows = parity_rows(base, found, truth)
     if not found.passed:
         rows[0] = _explained(rows[0], cell, model, job, opened, truth, found)
     for row in rows:
@@ -144,19 +142,44 @@ def _judge_and_measure(
     span.forget()  # what the reference needed is not the backend's
     if job.sampling is None or first is None:
         return
-    emit(_timed_row(base, "load", (opened.load_ns,), found, load_peak))
-    emit(_timed_row(base, "first_call", first.ns, found, load_peak))
+    emit(timed_row(base, "load", (opened.load_ns,), found, load_peak))
+    emit(timed_row(base, "first_call", first.ns, found, load_peak))
     if not found.passed:
         for metric in ("prefill", "decode"):
-            emit(replace(base, metric=metric, unit="", verdict="FAIL", reason=f"not timed: {found.first_bad}"))
+            emit(no_speed_row(base, metric, f"not timed: {found.first_bad}"))
         return
     tell(cell, "prefill")
-    prefill = measure_prefill(opened.session, timed, job.sampling)
-    emit(_sampled(base, "prefill", prefill, span))
-    emit(_sampled(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), span))
-    tell(cell, "decode")
-    decode = measure_decode(opened.session, timed, cell.workload.decode_tokens, job.sampling)
-    emit(_sampled(base, "decode", decode, span))
+    prefill = measure_prefill(session, timed, job.sampling)
+    peak = span.peak().growth_bytes
+    bad = _first_bad(prefill_checks(session, truth, prefill))
+    if bad is None:
+        emit(sampled_row(base, "prefill", prefill, peak))
+        emit(sampled_row(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), peak))
+        tell(cell, "decode")
+        decode = measure_decode(session, timed, cell.workload.decode_tokens, job.sampling)
+        peak = span.peak().growth_bytes
+        bad = _first_bad(decode_checks(session, timed, truth, decode))
+    else:
+        emit(no_speed_row(base, "prefill", f"no speed: {bad}"))
+    emit(sampled_row(base, "decode", decode, peak) if bad is None else no_speed_row(base, "decode", f"no speed: {bad}"))
+
+
+def _first_bad(checks: Sequence[Check]) -> Check | None:
+    return next((check for check in checks if not check.passed), None)
+
+
+def _judge(
+    cell: Cell, model: Model, session: Session, truth: Truth, timed: Sequence[int], first: Samples | None
+) -> Gate:
+    """The gate, the timed length, and what the first call gave."""
+    found = gate(session, truth)
+    checks = list(found.logits)
+    if found.passed:
+        beyond = beyond_gate(model.weights, cell.scheme, timed, following(timed), model.sha256)
+        checks.append(long_check(session, timed, truth, beyond))
+    if first is not None and first.non_finite_at is not None:
+        checks.append(Check("first call", "", NAN, NAN, "logits", str(first.non_finite_at)))
+    return Gate(tuple(checks), found.state)
 
 
 def _explained(row: Row, cell: Cell, model: Model, job: Job, opened: Opened, truth: Truth, found: Gate) -> Row:
@@ -166,124 +189,6 @@ def _explained(row: Row, cell: Cell, model: Model, job: Job, opened: Opened, tru
     first_bad = {**(row.first_bad or {}), "point": point.name if point else None}
     bundle = _bundle(cell, job, opened, truth, found)
     return replace(row, reason=f"{row.reason}{where}; bundle {bundle}", first_bad=first_bad)
-
-
-def _base(cell: Cell, model: Model, job: Job) -> Row:
-    """The fields that all rows of a cell share; as it stands, a parity row without a verdict."""
-    config = model.config
-    scheme = SCHEMES.get(cell.scheme)
-    return Row(
-        kind="measured",
-        run=job.run,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        hardware=cell.hardware.name,
-        hardware_detail=describe(cell.hardware),
-        backend=cell.backend,
-        model=cell.model,
-        model_sha256=model.sha256,
-        synthetic=model.weights.synthetic,
-        config=vars(config),
-        scheme=cell.scheme,
-        scheme_class=scheme.scheme_class if scheme else None,
-        device=cell.hardware.device,
-        threads=cell.threads,
-        isolated=False,
-        workload=cell.workload,
-        metric="parity",
-        weight_bytes=_weight_bytes(config, cell.scheme),
-        command=reproduce(cell, job),
-        reason="not run",
-    )
-
-
-def reproduce(cell: Cell, job: Job) -> str:
-    """The command line that runs this one cell again."""
-    work = cell.workload
-    words = ["rwkv-bench", "run" if job.sampling else "parity", "--model", cell.model, "--backend", cell.backend]
-    words += ["--quant", cell.scheme, "--device", cell.hardware.device, "--threads", str(cell.threads)]
-    if job.sampling:
-        words += ["--prompt-tokens", str(work.prompt_tokens), "--decode-tokens", str(work.decode_tokens)]
-        words += ["--repeats", str(job.sampling.repeats)]
-    if job.request.seed:
-        words += ["--seed", str(job.request.seed)]
-    return shlex.join(words)
-
-
-def _parity_rows(base: Row, found: Gate) -> list[Row]:
-    rows = []
-    for metric, checks in (("parity", found.logits), ("state_parity", found.state)):
-        if not checks:
-            continue
-        bad = next((check for check in checks if not check.passed), None)
-        shown = bad or worst(checks)
-        reason = str(shown)
-        if metric == "parity" and found.loose:
-            reason += "; the declared arithmetic is much looser than this error"
-        rows.append(
-            replace(
-                base,
-                metric=metric,
-                unit="",
-                value=None if shown.problem else shown.error,
-                error=None if shown.problem else shown.error,
-                bound=None if shown.problem else shown.bound,
-                verdict="FAIL" if bad else "PASS",
-                reason=reason,
-                first_bad={"check": bad.name, "where": bad.where, "problem": bad.problem} if bad else None,
-            )
-        )
-    return rows
-
-
-def _timed_row(base: Row, metric: str, ns: Sequence[int], found: Gate, peak: int | None) -> Row:
-    verdict = "PASS" if found.passed else "FAIL"
-    row = replace(base, metric=metric, unit="", samples=tuple(ns), verdict=verdict, reason=None)
-    return replace(derived(row), peak_bytes=peak, stopped="single call")
-
-
-def _sampled(base: Row, metric: str, samples: Samples, span: MemorySpan) -> Row:
-    if samples.non_finite_at is not None:
-        return replace(base, metric=metric, unit="", verdict="FAIL", reason=str(samples.non_finite_at))
-    row = replace(
-        base,
-        metric=metric,
-        unit="",
-        samples=samples.ns,
-        steps=samples.steps or None,
-        driver=samples.driver,
-        stopped=samples.stopped,
-        peak_bytes=span.peak().growth_bytes,
-        verdict="PASS",
-        reason="token ids varied between repeats" if samples.ids_varied else None,
-    )
-    return derived(row)
-
-
-def _refused(refusal: Refused, job: Job) -> Row:
-    return Row(
-        kind="measured",
-        run=job.run,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        hardware=refusal.hardware,
-        backend=refusal.backend,
-        model=refusal.model,
-        scheme=refusal.scheme,
-        metric="parity",
-        verdict=refusal.verdict,
-        reason=refusal.reason,
-    )
-
-
-def _weight_bytes(config: Config, scheme: str) -> int | None:
-    """Stored size; None for a scheme that has no codec or does not fit the shapes, which loading then says."""
-    try:
-        return stored_bytes(config, scheme)
-    except ConfigError:
-        return None
-
-
-def _arithmetic_text(opened: Opened) -> str:
-    return str(opened.arithmetic) + ("" if opened.info.arithmetic_documented else " (declared, unverified)")
 
 
 def _bundle(cell: Cell, job: Job, opened: Opened, truth: Truth, found: Gate) -> str:

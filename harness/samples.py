@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from reference.errors import InputError
 
@@ -94,8 +96,10 @@ class Samples:
     driver          decode only: ``loop`` over forward, or the backend's own ``greedy``
     first_token_ns  prefill only: prompt to token id, taken in the same samples as ``ns``
     steps           ``loop`` only: per sample, the time of each step; they sum to ``ns``
-    ids             decode: token ids chosen in the first sample
+    ids, last_ids   decode: token ids chosen in the first and in the last sample
     ids_varied      decode: a later sample, from the same state, chose other ids
+    last_prompt     prefill: the prompt of the last sample
+    last_logits     prefill: what it returned, ``(n_vocab,)``; in memory only, for whoever checks it
     non_finite_at   the first NaN or Inf seen; times after it are still recorded
     """
 
@@ -107,18 +111,21 @@ class Samples:
     first_token_ns: tuple[int, ...] = ()
     steps: tuple[tuple[int, ...], ...] = ()
     ids: tuple[int, ...] = ()
+    last_ids: tuple[int, ...] = ()
+    last_prompt: tuple[int, ...] = ()
+    last_logits: np.ndarray | None = field(default=None, compare=False, repr=False)
     ids_varied: bool = False
     non_finite_at: NonFinite | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
-        return asdict(self)
+        """Plain JSON types, without ``last_logits``; :meth:`from_dict` is the inverse."""
+        return {name: value for name, value in asdict(self).items() if name != "last_logits"}
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Samples:
         """What :meth:`to_dict` gave, also after a journey through JSON."""
         known = dict(fields)
-        for name in ("ns", "warmup_ns", "first_token_ns", "ids"):
+        for name in ("ns", "warmup_ns", "first_token_ns", "ids", "last_ids", "last_prompt"):
             known[name] = tuple(known.get(name, ()))
         known["steps"] = tuple(tuple(steps) for steps in known.get("steps", ()))
         found = known.get("non_finite_at")

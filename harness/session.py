@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
+from threadpoolctl import threadpool_limits
+
 from backends.api import BackendInfo, Closing, Session, Unsupported
 from backends.index import load_backend
 from harness.measure import timed_load
@@ -50,12 +52,14 @@ def open_session(
         raise Unsupported(f"{backend} does not run on {device}; it runs on {', '.join(info.devices)}")
     check(module)
     weights = _weights(model)
-    session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
-    try:
-        yield Opened(session, info, version(module), info.arithmetic(scheme, device), load_ns)
-    finally:
-        if isinstance(session, Closing):
-            session.close()
+    # Whatever numpy the backend uses gets as many threads as were asked for; its own pools are its own switch.
+    with threadpool_limits(threads, user_api="blas"):
+        session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
+        try:
+            yield Opened(session, info, version(module), info.arithmetic(scheme, device), load_ns)
+        finally:
+            if isinstance(session, Closing):
+                session.close()
 
 
 def check(module: ModuleType) -> None:

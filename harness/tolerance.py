@@ -5,8 +5,8 @@
             each with other summation orders; never under FLOOR roundings of the result's own type
     bound   K * e, for each statistic of the comparison
 
-K is the only constant that is chosen. ``scripts/calibrate_bound.py`` fits it on one set of seeds and
-confirms it on another; docs/tolerance.md has both distributions. Truth and e are cached by content.
+K is fitted: ``scripts/calibrate_bound.py`` prints the distributions on either side of it, for two sets of
+seeds, and docs/tolerance.md keeps them. Truth and e are cached by content.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import os
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,12 +28,15 @@ import reference
 from harness.budget import hold
 from harness.cache import cache_folder
 from harness.compare import LogitsError, StateError, logits_error, spread, state_error
+from harness.hardware import SMALL_PARAMETERS
+from reference.config import count_parameters
 from reference.forward import Tokens, forward
 from reference.numerics import UNIT_ROUNDOFF, Arithmetic
 from reference.schemes import apply
 from reference.weights import Weights
 
 K = 3.0
+#: Over orders of summation e varies by a few per cent (docs/tolerance.md), so the largest of a few will do.
 DRAWS = 4
 #: Roundings of the result's type that no comparison can see below: the result itself is rounded, and
 #: so is the input of the last product.
@@ -44,7 +48,8 @@ class Truth:
     """What a backend is compared with over one prompt, and how far it may be off.
 
     logits ``(T, n_vocab)``, state ``(n_layer, 5, n_embd)``, both float64; ``middle`` the state after
-    the first half of the prompt. Unavoidable errors ``e_*`` are those of one emulated run.
+    the first half of the prompt. Unavoidable errors ``e_*`` are the largest of the emulated runs.
+    ``overflows``: the declared arithmetic itself gives NaN or Inf on this model, whoever computes it.
     """
 
     tokens: tuple[int, ...]
@@ -56,6 +61,7 @@ class Truth:
     e_peak: float
     e_state_rms: float
     e_state_worst: float
+    overflows: float = 0.0
 
     @cached_property
     def unit(self) -> float:
@@ -86,16 +92,42 @@ def derive(
     ``cache_key`` is the content hash of ``weights``; without one nothing is cached.
     """
     path = _cache_path(cache_key, scheme, arithmetic, tokens) if cache_key else None
-    if path is not None and path.is_file():
-        cached = _read(path, tokens)
-        if cached is not None:
-            return cached
+    cached = _read(path, tokens) if path is not None else None
+    if cached is not None:
+        return cached
     # The products of short chains are too small for more threads than one to pay.
     with threadpool_limits(1, user_api="blas"):
         truth = _compute(hold(apply(weights, scheme)), arithmetic, tokens)
     if path is not None:
-        _write(path, truth)
+        _save(path, {name: getattr(truth, name) for name in (*_SCALARS, *_ARRAYS)})
     return truth
+
+
+#: Beyond this many multiply-adds (about ten seconds of two cores) the reference does not run a timed prompt.
+_LONG_WORK = 1 << 39
+
+
+def beyond_gate(
+    weights: Weights, scheme: str, prompt: Sequence[int], following: Sequence[int], cache_key: str | None = None
+) -> np.ndarray | None:
+    """Truth's logits ``(1 + len(following), n_vocab)`` after a timed prompt and after each token fed then.
+
+    ``None`` where the model and the prompt are so large that the reference would take too long.
+    """
+    if len(prompt) * count_parameters(weights.config) > _LONG_WORK:
+        return None
+    path = _cache_path(cache_key, scheme, Arithmetic(), [*prompt, -1, *following]) if cache_key else None
+    cached = _load(path, ("logits",)) if path is not None else None
+    if cached is not None:
+        return cached["logits"]
+    with threadpool_limits(1 if count_parameters(weights.config) < SMALL_PARAMETERS else None, user_api="blas"):
+        stored = hold(apply(weights, scheme))
+        last, state = forward(stored, prompt, dtype=np.float64)
+        rows, _ = forward(stored, following, state, all_logits=True, dtype=np.float64)
+    logits = np.concatenate([last[None], rows])
+    if path is not None:
+        _save(path, {"logits": logits})
+    return logits
 
 
 def _compute(weights: Weights, arithmetic: Arithmetic, tokens: Tokens) -> Truth:
@@ -113,8 +145,7 @@ def _compute(weights: Weights, arithmetic: Arithmetic, tokens: Tokens) -> Truth:
     peak_floor = floor * float(np.abs(logits).max() / spread(logits))
 
     def largest(values: list[float], least: float) -> float:
-        # An emulation that overflows gives no bound at all: then only a finite result can pass, against
-        # the floor, and the row's reason says that the declared arithmetic itself overflows.
+        # An emulation that overflows gives no bound: then only a finite result can pass, against the floor.
         return max([least, *(v for v in values if np.isfinite(v))])
 
     return Truth(
@@ -127,6 +158,7 @@ def _compute(weights: Weights, arithmetic: Arithmetic, tokens: Tokens) -> Truth:
         e_peak=largest([e.peak for e, _ in errors], peak_floor),
         e_state_rms=largest([s.rms for _, s in errors], floor),
         e_state_worst=largest([s.worst for _, s in errors], floor),
+        overflows=float(not all(np.isfinite(e.rms) for e, _ in errors)),
     )
 
 
@@ -144,27 +176,33 @@ def _cache_path(cache_key: str, scheme: str, arithmetic: Arithmetic, tokens: Tok
     return cache_folder() / "truth" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
 
-_SCALARS = ("e_rms", "e_worst", "e_peak", "e_state_rms", "e_state_worst")
+_SCALARS = ("e_rms", "e_worst", "e_peak", "e_state_rms", "e_state_worst", "overflows")
+_ARRAYS = ("logits", "state", "middle")
 
 
 def _read(path: Path, tokens: Tokens) -> Truth | None:
-    """A cached truth; ``None`` for a damaged file, which is then computed and written again."""
-    try:
-        with np.load(path) as file:
-            scalars = {name: float(file[name]) for name in _SCALARS}
-            arrays = {name: file[name] for name in ("logits", "state", "middle")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    """A cached truth; ``None`` for none or a damaged one, which is then computed and written again."""
+    found = _load(path, (*_SCALARS, *_ARRAYS))
+    if found is None:
         return None
-    parts: dict[str, Any] = {**arrays, **scalars}
+    parts: dict[str, Any] = {name: float(found[name]) if name in _SCALARS else found[name] for name in found}
     return Truth(tokens=tuple(int(t) for t in tokens), **parts)
 
 
-def _write(path: Path, truth: Truth) -> None:
+def _load(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _save(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write atomically; a cache that cannot be written is done without."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            np.savez(file, **{n: getattr(truth, n) for n in (*_SCALARS, "logits", "state", "middle")})
+            np.savez(file, **arrays)
         os.replace(file.name, path)
     except OSError:
         return

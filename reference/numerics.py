@@ -27,7 +27,7 @@ _BLOCK_ELEMENTS = 1 << 25
 #: Links of the chain of partial sums in an emulated matrix product. A GEMM micro-kernel adds the
 #: products of one output one after the other, over blocks of a few hundred (OpenBLAS, MKL and cuBLAS
 #: all block K by 192 to 512), so a chain of this length rounds as often as they do.
-_CHAIN = 256
+CHAIN = 256
 
 
 def _to_fp32(x: np.ndarray) -> np.ndarray:
@@ -76,12 +76,15 @@ class Arithmetic:
     accumulation  partial sums of matrix products
     residual      the stream ``x`` that each block adds to
     wkv           the WKV recurrence and its state
+    chain         products are added up in chains of at most about this many roundings; a plain loop
+                  with one accumulator declares the longest row it sums
     """
 
     activations: str = "fp32"
     accumulation: str = "fp32"
     residual: str = "fp32"
     wkv: str = "fp32"
+    chain: int = CHAIN
 
     def __post_init__(self) -> None:
         for name in ("activations", "accumulation", "residual", "wkv"):
@@ -89,11 +92,14 @@ class Arithmetic:
             allowed = (*ROUND, "int8x32") if name == "activations" else tuple(ROUND)
             if value not in allowed:
                 raise ValueError(f"arithmetic: {name} is {value!r}; known: {', '.join(allowed)}")
+        if self.chain < 1:
+            raise ValueError(f"arithmetic: chain is {self.chain}; at least 1 is needed")
 
     def __str__(self) -> str:
+        chain = "" if self.chain == CHAIN else f"/chain {self.chain}"
         if self.accumulation == self.residual == self.wkv == self.activations:
-            return self.activations
-        return f"{self.activations}/acc {self.accumulation}/res {self.residual}/wkv {self.wkv}"
+            return self.activations + chain
+        return f"{self.activations}/acc {self.accumulation}/res {self.residual}/wkv {self.wkv}{chain}"
 
 
 class Op(Protocol):
@@ -146,7 +152,7 @@ class Emulated:
 
     def linear(self, x: np.ndarray, weight: Tensor, /) -> np.ndarray:
         x = self._inputs(x)
-        width = -(-x.shape[1] // _CHAIN)
+        width = -(-x.shape[1] // self.arithmetic.chain)
         columns = np.arange(0, x.shape[1], width)
         self._order.shuffle(columns)
         out = np.empty((x.shape[0], weight.shape[0]), dtype=np.float32)

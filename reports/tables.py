@@ -216,12 +216,16 @@ def _bytes(value: int) -> str:
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
+#: Parts of the reason of a passing row that belong below the table.
+_NOTED = ("looser", "varied", "itself only")
+
+
 def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:
     """Why cells have no figures, and what else was noticed: each reason once, with the schemes it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in (row for group in cells for row in group):
         if row.verdict not in ("PASS", None) and row.reason and not row.reason.startswith("not timed"):
             found.setdefault((row.backend, f"{row.verdict}: {row.reason}"), []).append(row.scheme)
-        elif row.verdict == "PASS" and row.reason and ("looser" in row.reason or "varied" in row.reason):
+        elif row.verdict == "PASS" and row.reason and any(word in row.reason for word in _NOTED):
             found.setdefault((row.backend, row.reason), []).append(row.scheme)
     return [f"{backend} {', '.join(dict.fromkeys(schemes))}: {text}" for (backend, text), schemes in found.items()]

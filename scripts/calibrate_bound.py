@@ -1,6 +1,7 @@
 """How far clean backends and planted faults stand from the error that arithmetic must make.
 
     python scripts/calibrate_bound.py              fit on one set of seeds, confirm on another
+    python scripts/calibrate_bound.py --chains     what a plain loop with one accumulator adds
 
 Prints, for each set, the distribution of error / e over the gate's checks: the worst check of each
 clean run, and of each run with a planted fault. The factor K of ``harness/tolerance.py`` has to lie
@@ -16,10 +17,13 @@ import numpy as np
 
 from backends.api import Unavailable
 from backends.index import backend_names, load_backend
+from harness.compare import logits_error, state_error
 from harness.parity import gate, worst
 from harness.session import open_session
 from harness.tolerance import K, derive
 from reference.config import Config
+from reference.forward import forward
+from reference.numerics import CHAIN, Arithmetic
 from reference.synthetic import synthetic
 from reference.weights import Tensor, Weights
 
@@ -123,12 +127,32 @@ def line(name: str, ratios: list[float]) -> str:
     return f"{name:<52} {len(values):5d} {values[0]:10.3g} {low:10.3g} {mid:10.3g} {high:10.3g} {values[-1]:10.3g}"
 
 
+def chains() -> None:
+    """Error of one unbroken chain per output, over that of the emulated chain; float32, 40 positions."""
+    for width, layers in ((768, 4), (2048, 2), (4096, 1)):
+        config = Config(layers, width, 4 * width, 300)
+        weights = synthetic(config, 0).in_memory()
+        tokens = np.random.default_rng(0).integers(0, config.n_vocab, 40)
+        truth, state = forward(weights, tokens, all_logits=True, dtype=np.float64)
+        found = []
+        for links in (CHAIN, config.n_ffn):
+            got, got_state = forward(weights, tokens, all_logits=True, arithmetic=Arithmetic(chain=links))
+            error, off = logits_error(got, truth), state_error(got_state, state)
+            found.append(np.array([error.rms, error.worst, error.peak, off.rms, off.worst]))
+        ratios = ", ".join(f"{r:.2f}" for r in found[1] / found[0])
+        print(f"width {width}: one accumulator / chain of {CHAIN}: {ratios} (rms, worst, peak, state rms, worst)")
+
+
 def main() -> None:
     """Print both sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=60, help="clean runs per cell and set (default 60)")
     parser.add_argument("--faulty-runs", type=int, default=8, help="runs per cell, fault and set (default 8)")
+    parser.add_argument("--chains", action="store_true", help="compare lengths of chains instead")
     options = parser.parse_args()
+    if options.chains:
+        chains()
+        return
     for title, seeds in (("fit", FIT_SEEDS), ("confirm", CONFIRM_SEEDS)):
         print(f"{title}: error / e, worst check of a run; K = {K:g}")
         print(f"{'':<52} {'runs':>5} {'least':>10} {'1 %':>10} {'median':>10} {'99 %':>10} {'largest':>10}")

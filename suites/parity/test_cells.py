@@ -10,12 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backends.api import StateAccess
+from harness.checks import Check, call, logits_check
 from harness.compare import logits_error, state_error
 from harness.models import Model, gate_tokens
-from harness.parity import Check, Gate, gate, length_check
+from harness.parity import Gate, gate
 from harness.plan import Cell
 from harness.session import Opened, open_session
-from harness.tolerance import K, Truth, derive
+from harness.timed_check import following, long_check
+from harness.tolerance import K, Truth, beyond_gate, derive
 from harness.trace_point import first_bad_point
 from reference.config import Config
 from reference.forward import forward
@@ -54,8 +56,10 @@ def test_gate(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
 
 
 def test_long_prompt(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
-    """A prompt of the timed length in one call equals the same in short calls."""
-    judge(cell, length_check(opened.session, gate_tokens(model, cell.workload.prompt_tokens), truth))
+    """A prompt of the timed length in one call, and the steps after it, against truth."""
+    prompt = gate_tokens(model, cell.workload.prompt_tokens)
+    beyond = beyond_gate(model.weights, cell.scheme, prompt, following(prompt), model.sha256)
+    judge(cell, long_check(opened.session, prompt, truth, beyond))
 
 
 @RELAXED
@@ -99,6 +103,22 @@ def test_the_reference_continues_its_state(cell: Cell, opened: Opened, truth: Tr
     logits, _ = forward(apply(model.weights, cell.scheme), truth.tokens[half:], exported)
     error = logits_error(logits[None], truth.logits[-1:], truth.unit)
     judge(cell, Check("handover", "worst position", error.worst, K * truth.e_worst, f"after token {half}"))
+
+
+def test_two_sessions_do_not_share_anything(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
+    """Two models live at once, their calls in turn, and each gives what truth says of it."""
+    other_weights = synthetic(model.config, 9)
+    other_truth = derive(other_weights, cell.scheme, opened.arithmetic, truth.tokens)
+    with open_session(cell.backend, other_weights, cell.scheme, cell.hardware.device, cell.threads) as other:
+        ours, theirs = None, None
+        for token in truth.tokens:
+            logits, ours = call(opened.session, [token], ours)
+            foreign, theirs = call(other.session, [token], theirs)
+    judge(
+        cell,
+        logits_check("beside another session", logits, truth, slice(-1, None)),
+        logits_check("the other session", foreign, other_truth, slice(-1, None)),
+    )
 
 
 def test_threads_do_not_matter(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:

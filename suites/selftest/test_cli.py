@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +180,7 @@ def test_too_little_memory_is_told_before_anything_is_read(bench: Bench, monkeyp
     monkeypatch.setattr(budget, "available_bytes", lambda: 2 << 30)
     done = bench("--model", "14b", "--backend", "numpy", "--quant", "fp32")
     assert done.code == 3
-    assert "needs about 81.5 GiB of memory, 2.0 GiB are free" in done.out
+    assert re.search(r"needs about 55\.\d GiB of memory, 2\.0 GiB are free", done.out)
     done = bench("generate", "x", "--model", "14b")
     assert done.code == 3
     assert "GiB are free" in done.err
@@ -229,11 +230,12 @@ def test_a_damaged_truth_is_computed_again(
 ) -> None:
     monkeypatch.setenv("RWKV_BENCH_CACHE", str(tmp_path))
     assert bench("parity", *quick[:-1]).code == 0
-    (truth,) = (tmp_path / "truth").iterdir()
-    good = truth.stat().st_size
-    truth.write_bytes(damage)
+    sizes = {file: file.stat().st_size for file in (tmp_path / "truth").iterdir()}
+    assert sizes
+    for file in sizes:
+        file.write_bytes(damage)
     assert bench("parity", *quick[:-1]).code == 0
-    assert truth.stat().st_size == good
+    assert {file: file.stat().st_size for file in sizes} == sizes
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

@@ -10,7 +10,6 @@ import pytest
 from backends.api import BackendInfo, Generating, Scoring, StateAccess, Traceable, Unsupported
 from backends.index import UnknownBackend, backend_names, load_backend
 from harness.models import Model
-from harness.plan import Cell
 from harness.session import Opened, open_session
 from reference.config import Config, tensor_shapes
 from reference.errors import ConfigError, TokenError
@@ -68,17 +67,6 @@ def test_none_starts_afresh_every_time(opened: Opened) -> None:
     first, state = opened.session.forward(TOKENS, None)
     opened.session.forward(TOKENS, state)
     np.testing.assert_array_equal(opened.session.forward(TOKENS, None)[0], first)
-
-
-def test_two_sessions_do_not_share_anything(cell: Cell, opened: Opened, model: Model) -> None:
-    alone, state = opened.session.forward(TOKENS, None)
-    other_weights = synthetic(model.config, 9)
-    with open_session(cell.backend, other_weights, cell.scheme, cell.hardware.device, cell.threads) as other:
-        _, foreign = other.session.forward([7, 7], None)
-        np.testing.assert_array_equal(opened.session.forward(TOKENS, None)[0], alone)
-        opened.session.forward([1], state)
-        other.session.forward([1], foreign)
-    np.testing.assert_array_equal(opened.session.forward(TOKENS, None)[0], alone)
 
 
 def test_scoring_gives_every_position(opened: Opened, model: Model) -> None:

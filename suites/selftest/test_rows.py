@@ -52,6 +52,7 @@ def full() -> Row:
         command="rwkv-bench run",
         verdict="PASS",
         reason="because",
+        statistic="rms",
         error=0.5,
         bound=0.75,
         first_bad={"check": "x", "where": [1, 2]},
@@ -62,7 +63,7 @@ def test_the_fields_are_those_of_the_format() -> None:
     text = """kind run time hardware hardware_detail backend backend_version model model_sha256 synthetic config
     scheme scheme_class arithmetic device threads isolated driver workload metric unit value interval samples
     peak_bytes weight_bytes roofline_fraction stopped command verdict reason error bound first_bad"""
-    assert [name for name in FIELDS if name != "steps"] == text.split()
+    assert [name for name in FIELDS if name not in ("steps", "statistic")] == text.split()
     assert SCHEMA == 1
     assert KINDS == ("measured", "recorded", "published", "predicted")
     assert VERDICTS == ("PASS", "FAIL", "UNSUPPORTED", "UNAVAILABLE", "CRASHED", "TIMEOUT")

@@ -1,0 +1,161 @@
+"""What a cell found -> its rows."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+
+from harness.checks import worst
+from harness.hardware import describe
+from harness.measure import Samples, Sampling
+from harness.models import Model
+from harness.parity import Gate
+from harness.plan import Cell, Refused, Request
+from harness.rows import Row
+from harness.session import Opened
+from harness.stats import derived
+from harness.timed_check import AGAINST_ITSELF
+from harness.tolerance import Truth
+from reference.config import Config
+from reference.errors import ConfigError
+from reference.schemes import SCHEMES, stored_bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with each cell: ``sampling`` is ``None`` where only verdicts are wanted."""
+
+    request: Request
+    sampling: Sampling | None
+    run: str
+
+
+def base_row(cell: Cell, model: Model, job: Job) -> Row:
+    """The fields that all rows of a cell share; as it stands, a parity row without a verdict."""
+    config = model.config
+    scheme = SCHEMES.get(cell.scheme)
+    return Row(
+        kind="measured",
+        run=job.run,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        hardware=cell.hardware.name,
+        hardware_detail=describe(cell.hardware),
+        backend=cell.backend,
+        model=cell.model,
+        model_sha256=model.sha256,
+        synthetic=model.weights.synthetic,
+        config=vars(config),
+        scheme=cell.scheme,
+        scheme_class=scheme.scheme_class if scheme else None,
+        device=cell.hardware.device,
+        threads=cell.threads,
+        isolated=False,
+        workload=cell.workload,
+        metric="parity",
+        weight_bytes=_weight_bytes(config, cell.scheme),
+        command=reproduce(cell, job),
+        reason="not run",
+    )
+
+
+def reproduce(cell: Cell, job: Job) -> str:
+    """The command line that runs this one cell again."""
+    work = cell.workload
+    words = ["rwkv-bench", "run" if job.sampling else "parity", "--model", cell.model, "--backend", cell.backend]
+    words += ["--quant", cell.scheme, "--device", cell.hardware.device, "--threads", str(cell.threads)]
+    if job.sampling:
+        words += ["--prompt-tokens", str(work.prompt_tokens), "--decode-tokens", str(work.decode_tokens)]
+        words += ["--repeats", str(job.sampling.repeats)]
+    if job.request.seed:
+        words += ["--seed", str(job.request.seed)]
+    return shlex.join(words)
+
+
+def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
+    rows = []
+    for metric, checks in (("parity", found.logits), ("state_parity", found.state)):
+        if not checks:
+            continue
+        bad = next((check for check in checks if not check.passed), None)
+        shown = bad or worst(checks)
+        reason = str(shown)
+        if metric == "parity" and found.loose:
+            reason += "; the declared arithmetic is much looser than this error"
+        if any(check.where.endswith(AGAINST_ITSELF) for check in checks):
+            reason += "; the timed length is too long for the reference and is checked against the backend itself only"
+        if bad and truth.overflows:
+            reason += "; the declared arithmetic itself overflows on this model"
+        rows.append(
+            replace(
+                base,
+                metric=metric,
+                unit="",
+                value=None if shown.problem else shown.error,
+                statistic=None if shown.problem else shown.statistic,
+                error=None if shown.problem else shown.error,
+                bound=None if shown.problem else shown.bound,
+                verdict="FAIL" if bad else "PASS",
+                reason=reason,
+                first_bad={"check": bad.name, "where": bad.where, "problem": bad.problem} if bad else None,
+            )
+        )
+    return rows
+
+
+def timed_row(base: Row, metric: str, ns: Sequence[int], found: Gate, peak: int | None) -> Row:
+    verdict = "PASS" if found.passed else "FAIL"
+    row = replace(base, metric=metric, unit="", samples=tuple(ns), verdict=verdict, reason=None)
+    return replace(derived(row), peak_bytes=peak, stopped="single call")
+
+
+def sampled_row(base: Row, metric: str, samples: Samples, peak: int | None) -> Row:
+    if samples.non_finite_at is not None:
+        return replace(base, metric=metric, unit="", verdict="FAIL", reason=str(samples.non_finite_at))
+    row = replace(
+        base,
+        metric=metric,
+        unit="",
+        samples=samples.ns,
+        steps=samples.steps or None,
+        driver=samples.driver,
+        stopped=samples.stopped,
+        peak_bytes=peak,
+        verdict="PASS",
+        reason="token ids varied between repeats" if samples.ids_varied else None,
+    )
+    return derived(row)
+
+
+def arithmetic_text(opened: Opened) -> str:
+    return str(opened.arithmetic) + ("" if opened.info.arithmetic_documented else " (declared, unverified)")
+
+
+def no_speed_row(base: Row, metric: str, reason: str) -> Row:
+    """A wrong backend has no speed: the verdict where the figure would be."""
+    return replace(base, metric=metric, unit="", verdict="FAIL", reason=reason)
+
+
+def refused_row(refusal: Refused, job: Job) -> Row:
+    """The row of something that could not be a cell."""
+    return Row(
+        kind="measured",
+        run=job.run,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        hardware=refusal.hardware,
+        backend=refusal.backend,
+        model=refusal.model,
+        scheme=refusal.scheme,
+        metric="parity",
+        verdict=refusal.verdict,
+        reason=refusal.reason,
+    )
+
+
+def _weight_bytes(config: Config, scheme: str) -> int | None:
+    """Stored size; None for a scheme that has no codec or does not fit the shapes, which loading then says."""
+    try:
+        return stored_bytes(config, scheme)
+    except ConfigError:
+        return None

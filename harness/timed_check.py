@@ -1,0 +1,79 @@
+"""The proof carried to what is timed: the length of the prompt, and what the timed calls returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from backends.api import Session, State
+from harness.checks import Check, against, call
+from harness.measure import Samples
+from harness.parity import again, ids_check
+from harness.tolerance import Truth
+
+#: Steps after the timed prompt that are judged with it.
+FOLLOWING = 4
+
+#: How a check says that truth was not at hand.
+AGAINST_ITSELF = ", against itself in short calls only"
+
+#: The bound is known for the gate's positions. Further on, the rounding kept in the state has had longer
+#: to add up; against another run of the same backend, both sides may be off. Twice the bound allows for either.
+ALLOWANCE = 2.0
+
+
+def long_check(session: Session, prompt: Sequence[int], truth: Truth, beyond: np.ndarray | None) -> Check:
+    """The timed prompt in one call, then FOLLOWING single steps.
+
+    beyond  truth's logits ``(1 + FOLLOWING, n_vocab)`` there; ``None`` where the reference would take too
+            long: then against the same backend in calls no longer than the gate's, which finds what
+            depends on the length of a call but not what depends on the position.
+    """
+    got = _prompt_and_steps(session, prompt, len(prompt))
+    where = f"{len(prompt)} tokens in one call and {FOLLOWING} steps"
+    if beyond is None:
+        beyond = _prompt_and_steps(session, prompt, len(truth.tokens))
+        where += AGAINST_ITSELF
+    return against("timed length", got, beyond, truth, allowance=ALLOWANCE, where=where)
+
+
+def prefill_checks(session: Session, truth: Truth, timed: Samples) -> list[Check]:
+    """After timing prefill: what the last timed call returned, and the gate's main checks once more."""
+    checks = again(session, truth)
+    if timed.last_prompt and timed.last_logits is not None:
+        expected, _ = _in_short_calls(session, timed.last_prompt, len(truth.tokens))
+        where = "last sample, against short calls"
+        checks.append(against("timed prefill", timed.last_logits, expected[None], truth, 0, ALLOWANCE, where))
+    return checks
+
+
+def decode_checks(session: Session, prompt: Sequence[int], truth: Truth, timed: Samples) -> list[Check]:
+    """After timing decode: the ids of the first and the last sample, and the gate's main checks once more."""
+    checks = again(session, truth)
+    logits, state = _in_short_calls(session, prompt, len(truth.tokens))
+    for ids in dict.fromkeys([timed.ids, timed.last_ids]):
+        checks.append(ids_check("timed decode", session, truth, int(logits.argmax()), state, ids)[0])
+    return checks
+
+
+def _prompt_and_steps(session: Session, prompt: Sequence[int], length: int) -> np.ndarray:
+    """Logits after the prompt in calls of ``length``, then after each of its first FOLLOWING tokens again."""
+    logits, state = _in_short_calls(session, prompt, length)
+    rows = [logits]
+    for token in following(prompt):
+        logits, state = call(session, [token], state)
+        rows.append(logits)
+    return np.stack(rows)
+
+
+def following(prompt: Sequence[int]) -> list[int]:
+    """The tokens that are fed after a timed prompt."""
+    return [prompt[i % len(prompt)] for i in range(FOLLOWING)]
+
+
+def _in_short_calls(session: Session, prompt: Sequence[int], length: int) -> tuple[np.ndarray, State]:
+    logits, state = np.empty(0, np.float32), None
+    for start in range(0, len(prompt), length):
+        logits, state = call(session, prompt[start : start + length], state)
+    return logits, state
