@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from harness import streams
 from harness.interrupt import Terminated, terminable
-from harness.options import TextWanted, UsageError, output_format, parse
+from harness.options import NotInThisVersion, TextWanted, UsageError, output_format, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ def _command(argv: list[str]) -> int:
         return _COMMANDS[arguments.command](arguments)
     except BrokenPipeError:  # whoever read stdout has gone, as `head` does
         return PASSED
-    except (Unavailable, Unsupported) as error:
+    except (Unavailable, Unsupported, NotInThisVersion) as error:
         return _fail(str(error), NOT_AVAILABLE)
     except (UsageError, InputError) as error:
         return _fail(str(error), BAD_INPUT)
@@ -172,7 +172,7 @@ def generate(arguments: Namespace) -> int:
         _out(stream.flush() + "\n")
     if problem:
         return _fail(problem, FAILED)
-    _say(f"{speeds(speed)} (one run, not checked for parity)")
+    _say(f"{cell.backend} {cell.scheme}: {speeds(speed)} (one run, not checked for parity)")
     return 0
 
 

@@ -82,6 +82,10 @@ class UsageError(Exception):
     """A command line that cannot be understood, in one line."""
 
 
+class NotInThisVersion(Exception):
+    """Something the design has and this version has not, in one line."""
+
+
 class TextWanted(Exception):
     """``--help`` or ``--version`` was asked for; the text is its argument."""
 
@@ -108,16 +112,28 @@ class Parser(argparse.ArgumentParser):
         return f"; {hint.strip()}" if hint else ""
 
 
+#: Commands and options of the design that this version answers by name instead of guessing another.
+LATER_COMMANDS = frozenset(
+    ["localize", "headroom", "quality", "compare", "ab", "import", "gpu-check", "report", "convert", "setup", "compile", "recommend"]
+)
+LATER_OPTIONS = ("--isolate", "--timeout", "--cpus", "--resume")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parsed arguments; a bare option list means ``run``. Raises UsageError or TextWanted."""
+    """Parsed arguments; a bare option list means ``run``. Raises UsageError, NotInThisVersion or TextWanted."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["run", *argv]
     if argv[0] == "--version":
         raise TextWanted(_version())
     parser, commands = _top()
+    if argv[0] in LATER_COMMANDS:
+        raise NotInThisVersion(f"the command {argv[0]} is not in this version; commands: {', '.join(COMMANDS)}")
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         parser.error(f"no command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}commands: {', '.join(COMMANDS)}")
     arguments, rest = parser.parse_known_args(argv)
+    later = next((word.split("=")[0] for word in rest if word.split("=")[0] in LATER_OPTIONS), None)
+    if later:
+        raise NotInThisVersion(f"{later} is not in this version; cells run one after another in this process")
     if rest:
         commands[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments

@@ -104,7 +104,8 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
         emit(replace(base, verdict="FAIL", reason=str(error)))
     except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
         where = save_bundle(job.run, str(cell), {"traceback": traceback.format_exc()})
-        reason = f"{type(error).__name__}: {error}".splitlines()[0] + f"; traceback in {where}"
+        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+        reason = f"{what}; traceback in {where}"
         emit(replace(base, verdict="CRASHED", reason=reason))
     finally:
         span.close()

@@ -36,7 +36,7 @@ from reference.schemes import apply
 from reference.weights import Weights
 
 K = 3.0
-#: Over orders of summation e varies by a few per cent (docs/tolerance.md), so the largest of a few will do.
+#: Over orders of summation e varies by a few per cent, so the largest of a few will do.
 DRAWS = 4
 #: Roundings of the result's type that no comparison can see below: the result itself is rounded, and
 #: so is the input of the last product.

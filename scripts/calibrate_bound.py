@@ -17,8 +17,9 @@ import numpy as np
 
 from backends.api import Unavailable
 from backends.index import backend_names, load_backend
+from harness.checks import worst
 from harness.compare import logits_error, state_error
-from harness.parity import gate, worst
+from harness.parity import gate
 from harness.session import open_session
 from harness.tolerance import K, derive
 from reference.config import Config

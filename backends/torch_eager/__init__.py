@@ -21,7 +21,7 @@ from reference.numerics import Arithmetic
 from reference.schemes import apply
 from reference.weights import Weights
 
-_INSTALL = "pip install 'rwkv-bench[torch]'"
+_INSTALL = "pip install torch, or this project as '.[torch]'"
 
 INFO = BackendInfo(
     name="torch",

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.options import COMMANDS, EXAMPLES, TOP, TextWanted, UsageError, output_format, parse
+from harness.options import COMMANDS, EXAMPLES, TOP, NotInThisVersion, TextWanted, UsageError, output_format, parse
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -30,7 +30,7 @@ WORDS = st.one_of(
 
 @given(st.lists(WORDS, max_size=8))
 def test_any_words_give_a_namespace_or_its_own_errors(argv: list[str]) -> None:
-    with suppress(UsageError, TextWanted):
+    with suppress(UsageError, NotInThisVersion, TextWanted):
         assert isinstance(parse(argv), Namespace)
 
 
@@ -130,3 +130,9 @@ def test_every_command_of_the_readme_can_be_typed() -> None:
 )
 def test_the_format_follows_the_name_of_the_output(argv: str, kind: str) -> None:
     assert output_format(parse(shlex.split(argv))) == kind
+
+
+@pytest.mark.parametrize("argv", [["localize"], ["run", "--isolate"], ["--timeout", "4"], ["parity", "--cpus=0-3"]])
+def test_what_the_design_has_and_this_version_has_not_is_answered_by_name(argv: list[str]) -> None:
+    with pytest.raises(NotInThisVersion, match="is not in this version"):
+        parse(argv)
