@@ -113,8 +113,9 @@ class Parser(argparse.ArgumentParser):
 
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
-LATER_COMMANDS = frozenset(
-    ["localize", "headroom", "quality", "compare", "ab", "import", "gpu-check", "report", "convert", "setup", "compile", "recommend"]
+LATER_COMMANDS = (
+    *("localize", "headroom", "quality", "compare", "ab", "import", "gpu-check", "report"),
+    *("convert", "setup", "compile", "recommend"),
 )
 LATER_OPTIONS = ("--isolate", "--timeout", "--cpus", "--resume")
 

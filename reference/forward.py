@@ -3,7 +3,7 @@ r"""RWKV-4 in numpy: the ground truth. Everything else in this project is compar
 Paper: "RWKV: Reinventing RNNs for the Transformer Era", https://arxiv.org/abs/2305.13048
 Official code: https://github.com/BlinkDL/ChatRWKV/blob/main/RWKV_in_150_lines.py
 
-Symbols, as in the paper's section 3 (shapes: T tokens, C = n_embd, F = n_ffn, V = n_vocab):
+Symbols, the paper's (shapes: T tokens, C = n_embd, F = n_ffn, V = n_vocab):
 
     x (T, C)     residual stream                    mu_k, mu_v, mu_r (C)  token-shift mixing weights
     r (T, C)     receptance, a gate in (0, 1)       w (C) > 0   decay per token; checkpoints store
@@ -102,7 +102,7 @@ def forward(
 
 
 def time_mix(h: np.ndarray, weights: Weights, at: str, state: np.ndarray, op: Op, tap: Tap) -> np.ndarray:
-    """Attention's place in RWKV (paper, eq. 11-16): ``h (T, C)`` = ln1(x) -> ``(T, C)``.
+    """Attention's place in RWKV (the paper's time mixing): ``h (T, C)`` = ln1(x) -> ``(T, C)``.
 
     Reads and writes rows att_x, aa, bb, pp of ``state (5, C)``.
     """
@@ -145,13 +145,13 @@ class WkvState(NamedTuple):
 def wkv(
     k: np.ndarray, v: np.ndarray, w: np.ndarray, u: np.ndarray, past: WkvState, op: Op
 ) -> tuple[np.ndarray, WkvState]:
-    """The recurrence (paper, eq. 14), exact for any size of k: ``k, v (T, C)`` -> ``(T, C)``.
+    """The recurrence (the paper's WKV), exact for any size of k: ``k, v (T, C)`` -> ``(T, C)``.
 
         wkv_t = (sum_{i<t} e^{-(t-1-i)w + k_i} v_i + e^{u+k_t} v_t)
               / (sum_{i<t} e^{-(t-1-i)w + k_i}     + e^{u+k_t}    )
 
     Numerator and denominator are kept divided by e^pp, pp being the largest exponent so far
-    (paper, appendix D). pp does not depend on the sums, so it is found for all t first; then every
+    (the paper's numerically stable form). pp does not depend on the sums, so it is found for all t first; then every
     exponential is taken at once; what is left for the second loop is one multiply and one add.
     """
     n_tokens, width = k.shape
@@ -179,7 +179,7 @@ def wkv(
 
 
 def channel_mix(h: np.ndarray, weights: Weights, at: str, state: np.ndarray, op: Op, tap: Tap) -> np.ndarray:
-    """The feed-forward half of a block (paper, eq. 17-18): ``h (T, C)`` = ln2(x) -> ``(T, C)``."""
+    """The feed-forward half of a block (the paper's channel mixing): ``h (T, C)`` = ln2(x) -> ``(T, C)``."""
     shifted = np.concatenate([state[FFN_X][None], h[:-1]])
     state[FFN_X] = h[-1]
     xk = mix(h, shifted, _vector(weights, at + "time_mix_k", op), op)
@@ -200,7 +200,7 @@ def channel_mix(h: np.ndarray, weights: Weights, at: str, state: np.ndarray, op:
 
 
 def mix(h: np.ndarray, shifted: np.ndarray, mu: np.ndarray, op: Op) -> np.ndarray:
-    """Token shift (paper, eq. 11-13): ``mu * h_t + (1 - mu) * h_{t-1}``, each product rounded."""
+    """Token shift: ``mu * h_t + (1 - mu) * h_{t-1}``, each product rounded."""
     return np.asarray(op.act(op.act(h * mu) + op.act(shifted * op.act(1 - mu))))
 
 

@@ -38,7 +38,7 @@ TRACE = [
 
 
 def wkv_by_definition(k: np.ndarray, v: np.ndarray, w: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Equation 14 of the paper as it stands: two explicit sums per token, each weight as its own power of e."""
+    """The paper's definition of WKV as it stands: two explicit sums per token, each weight as its own power of e."""
     out = np.empty_like(v)
     for t in range(len(k)):
         past = np.arange(t)[:, None]
