@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
+from backends.index import load_backend
 from harness.checks import worst
 from harness.hardware import describe
 from harness.measure import Samples, Sampling
@@ -50,7 +51,7 @@ def base_row(cell: Cell, model: Model, job: Job) -> Row:
         scheme=cell.scheme,
         scheme_class=scheme.scheme_class if scheme else None,
         device=cell.hardware.device,
-        threads=cell.threads,
+        threads=cell.threads if load_backend(cell.backend).INFO.thread_control else None,
         isolated=False,
         workload=cell.workload,
         metric="parity",

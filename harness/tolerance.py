@@ -2,7 +2,7 @@
 
     truth   the reference in float64 on the scheme's dequantized weights
     e       error of the reference emulating the declared arithmetic: the largest of DRAWS runs,
-            each with other summation orders; never under FLOOR roundings of the result's own type
+            each with other summation orders and roundings; never under FLOOR roundings of the result's own type
     bound   K * e, for each statistic of the comparison
 
 K is fitted: ``scripts/calibrate_bound.py`` prints the distributions on either side of it, for two sets of
@@ -36,7 +36,7 @@ from reference.schemes import apply
 from reference.weights import Weights
 
 K = 3.0
-#: Over orders of summation e varies by a few per cent, so the largest of a few will do.
+#: e varies more between prompts than between draws, so the largest of a few will do.
 DRAWS = 4
 #: Roundings of the result's type that no comparison can see below: the result itself is rounded, and
 #: so is the input of the last product.

@@ -137,18 +137,37 @@ class Exact:
 
 
 class Emulated:
-    """One draw of a declared arithmetic; ``seed`` decides the order of every summation."""
+    """One draw of a declared arithmetic; ``seed`` decides the order of every summation.
+
+    In half precision that order hardly changes which way a result is rounded, so draws would be one
+    and the same. All but seed 0, which rounds exactly as hardware does, therefore round on a grid
+    shifted by a random factor below 2, each time another: errors of the same size, independently drawn.
+    """
 
     dtype = np.dtype(np.float32)
 
     def __init__(self, arithmetic: Arithmetic, seed: int = 0) -> None:
         self.arithmetic = arithmetic
-        self.act = ROUND.get(arithmetic.activations, _to_fp32)
-        self.residual = ROUND[arithmetic.residual]
-        self.wkv = ROUND[arithmetic.wkv]
+        self._order = np.random.default_rng(seed)
+        self._exactly = seed == 0
+        self.act = self._rounding(arithmetic.activations)
+        self.residual = self._rounding(arithmetic.residual)
+        self.wkv = self._rounding(arithmetic.wkv)
         self._accumulate = ROUND[arithmetic.accumulation]
         self._inputs = int8_per_block if arithmetic.activations == "int8x32" else _to_fp32
-        self._order = np.random.default_rng(seed)
+
+    def _rounding(self, kind: str) -> Rounding:
+        """Rounding to a type; ``int8x32`` rounds only the inputs of products."""
+        exact = ROUND.get(kind, _to_fp32)
+        if self._exactly or exact is _to_fp32:
+            return exact
+
+        def shifted(x: np.ndarray) -> np.ndarray:
+            factor = np.float32(2 ** self._order.uniform())
+            y = exact(x * factor) / factor
+            return np.where(np.isfinite(y), y, exact(x))  # the type overflows where it does, not earlier
+
+        return shifted
 
     def linear(self, x: np.ndarray, weight: Tensor, /) -> np.ndarray:
         x = self._inputs(x)
