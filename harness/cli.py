@@ -118,6 +118,7 @@ def _measure(
 def _status(request: Request, planned: Plan, collector: Collector, published: set[str]) -> int:
     """Exit status of a finished run, with a line for what was asked by name and nothing ran for."""
     from harness.status import NOT_AVAILABLE, exit_code, ran, row_code, unmet
+    from reports.published import published_rows
 
     codes = [row_code(row, named) for row, named in zip(collector.rows, collector.named, strict=True)]
     found = ran(collector.rows)
@@ -126,7 +127,9 @@ def _status(request: Request, planned: Plan, collector: Collector, published: se
     if missing and found:
         _say(f"nothing ran for {', '.join(missing)}")
     for name in planned.absent:
-        what = "only published figures are shown" if name in published else "and no figures of it are published here"
+        others = ", ".join(dict.fromkeys(row.scheme for row in published_rows(name)))
+        lacking = f"its published figures are of {others}" if others else "and no figures of it are published here"
+        what = "only published figures are shown" if name in published else lacking
         codes.append(_fail(f"{name} is not in this machine; nothing was measured on it, {what}", NOT_AVAILABLE))
     return exit_code(codes)
 

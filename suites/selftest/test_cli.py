@@ -275,3 +275,9 @@ def test_warnings_are_one_line(small: str, tmp_path: Path, bench: Bench) -> None
     assert done.code == 1
     warning = next(line for line in done.err.splitlines() if line.startswith("rwkv-bench: warning: "))
     assert "blocks.1.att.key.weight" in warning
+
+
+def test_hardware_whose_published_figures_are_of_other_schemes(bench: Bench) -> None:
+    done = bench("--hardware", "a800", "--quant", "fp32")
+    assert done.code == 3
+    assert "its published figures are of q0f16, q4f16_1" in done.err
