@@ -29,7 +29,7 @@ def test_the_files_are_of_the_promised_size() -> None:
 
 
 def test_bits_per_byte_on_held_out_text() -> None:
-    """The first 24 kB, state carried along; the README's figure is over all of it."""
+    """The first 24 kB, state carried along, as the README states it; float32 sums differ in the sixth digit."""
     weights, state, nats = MODEL.weights.in_memory(), None, 0.0
     text = np.frombuffer(TEXT[:24_001], np.uint8)
     for start in range(0, len(text) - 1, 1000):
@@ -38,10 +38,11 @@ def test_bits_per_byte_on_held_out_text() -> None:
         following = text[start + 1 : start + 1 + len(block)]
         nats -= float(log_softmax(logits)[np.arange(len(following)), following].sum())
     bits = nats / np.log(2) / (len(text) - 1)
-    stated = re.search(r"([0-9.]+) bits per byte", (EMBEDDED / "README.md").read_text(encoding="utf-8"))
+    page = (EMBEDDED / "README.md").read_text(encoding="utf-8")
+    stated = re.search(r"first 24,000 predictions it is ([0-9]\.[0-9]{4})", page)
     assert stated is not None
     assert bits <= 2.2
-    assert bits == pytest.approx(float(stated.group(1)), abs=0.3)
+    assert bits == pytest.approx(float(stated.group(1)), abs=1e-4)
 
 
 def test_it_writes_recognisable_text() -> None:
