@@ -75,6 +75,7 @@ def reproduce(cell: Cell, job: Job) -> str:
 
 
 def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
+    """The verdict on the logits and, where the backend shows it, on the state: the first bad check or the worst."""
     rows = []
     for metric, checks in (("parity", found.logits), ("state_parity", found.state)):
         if not checks:
@@ -106,6 +107,7 @@ def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
 
 
 def timed_row(base: Row, metric: str, ns: Sequence[int], found: Gate, peak: int | None) -> Row:
+    """A time that cannot be repeated, in ns: load, first call."""
     verdict = "PASS" if found.passed else "FAIL"
     row = replace(base, metric=metric, unit="", samples=tuple(ns), verdict=verdict, reason=None)
     return replace(derived(row), peak_bytes=peak, stopped="single call")

@@ -76,7 +76,10 @@ def measure_first_call(session: Session, prompt: Sequence[int], clock: Clock = t
         logits, _ = session.forward(prompt, None)
         end = clock()
     watch.see(logits, "sample", 0, 0)
-    return Samples(len(prompt), (end - start,), SINGLE_CALL, non_finite_at=watch.found)
+    tokens = tuple(int(token) for token in prompt)
+    return Samples(
+        len(prompt), (end - start,), SINGLE_CALL, last_prompt=tokens, last_logits=logits, non_finite_at=watch.found
+    )
 
 
 def measure_prefill(

@@ -30,7 +30,7 @@ from harness.cell_rows import (
     sampled_row,
     timed_row,
 )
-from harness.checks import NAN, Check
+from harness.checks import Check
 from harness.measure import (
     MeasureError,
     Samples,
@@ -45,7 +45,7 @@ from harness.plan import Cell, Plan, memory_needed
 from harness.rows import Row, RowError
 from harness.session import Opened, open_session
 from harness.store import StoreError
-from harness.timed_check import decode_checks, following, long_check, prefill_checks
+from harness.timed_check import decode_checks, following, long_check, prefill_checks, returned_check
 from harness.tolerance import Truth, beyond_gate, derive
 from harness.trace_point import first_bad_point
 from reference.errors import InputError
@@ -178,8 +178,8 @@ def _judge(
     if found.passed:
         beyond = beyond_gate(model.weights, cell.scheme, timed, following(timed), model.sha256)
         checks.append(long_check(session, timed, truth, beyond))
-    if first is not None and first.non_finite_at is not None:
-        checks.append(Check("first call", "", NAN, NAN, "logits", str(first.non_finite_at)))
+        if first is not None:
+            checks.append(returned_check("first call", session, truth, first))
     return Gate(tuple(checks), found.state)
 
 

@@ -98,8 +98,8 @@ class Samples:
     steps           ``loop`` only: per sample, the time of each step; they sum to ``ns``
     ids, last_ids   decode: token ids chosen in the first and in the last sample
     ids_varied      decode: a later sample, from the same state, chose other ids
-    last_prompt     prefill: the prompt of the last sample
-    last_logits     prefill: what it returned, ``(n_vocab,)``; in memory only, for whoever checks it
+    last_prompt     prefill, first call: the prompt of the last sample
+    last_logits     prefill, first call: what it returned, ``(n_vocab,)``; in memory only, for whoever checks it
     non_finite_at   the first NaN or Inf seen; times after it are still recorded
     """
 

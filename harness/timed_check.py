@@ -40,18 +40,19 @@ def long_check(session: Session, prompt: Sequence[int], truth: Truth, beyond: np
 
 def prefill_checks(session: Session, truth: Truth, timed: Samples) -> list[Check]:
     """After timing prefill: what the last timed call returned, and the gate's main checks once more."""
-    checks = again(session, truth)
-    if timed.last_prompt and timed.last_logits is not None:
-        expected, _ = _in_short_calls(session, timed.last_prompt, len(truth.tokens))
-        where = "last sample, against short calls"
-        checks.append(against("timed prefill", timed.last_logits, expected[None], truth, 0, ALLOWANCE, where))
-    return checks
+    return [*again(session, truth), returned_check("timed prefill", session, truth, timed)]
+
+
+def returned_check(name: str, session: Session, truth: Truth, timed: Samples) -> Check:
+    """The logits of the last timed call over a prompt, against the same prompt in short calls."""
+    expected, _ = _in_short_calls(session, timed.last_prompt, len(truth.tokens))
+    return against(name, timed.last_logits, expected[None], truth, 0, ALLOWANCE, "against short calls")
 
 
 def decode_checks(session: Session, prompt: Sequence[int], truth: Truth, timed: Samples) -> list[Check]:
     """After timing decode: the ids of the first and the last sample, and the gate's main checks once more."""
     checks = again(session, truth)
-    logits, state = _in_short_calls(session, prompt, len(truth.tokens))
+    logits, state = call(session, prompt, None)  # as decode was started: in half precision logits tie
     for ids in dict.fromkeys([timed.ids, timed.last_ids]):
         checks.append(ids_check("timed decode", session, truth, int(logits.argmax()), state, ids)[0])
     return checks

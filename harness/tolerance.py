@@ -25,6 +25,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import reference
+from harness import compare
 from harness.budget import hold
 from harness.cache import cache_folder
 from harness.compare import LogitsError, StateError, logits_error, spread, state_error
@@ -103,7 +104,7 @@ def derive(
     return truth
 
 
-#: Beyond this many multiply-adds (about ten seconds of two cores) the reference does not run a timed prompt.
+#: Beyond this many multiply-adds (some twenty seconds of two cores) the reference does not run a timed prompt.
 _LONG_WORK = 1 << 39
 
 
@@ -164,9 +165,9 @@ def _compute(weights: Weights, arithmetic: Arithmetic, tokens: Tokens) -> Truth:
 
 @lru_cache(maxsize=1)
 def _reference_version() -> str:
-    """Hash of the reference's own source and of this file: truth computed by other code is not ours."""
+    """Hash of the source that truth and e come from: what other code has computed is not ours."""
     digest = hashlib.sha256()
-    for file in [*sorted(Path(reference.__file__).parent.glob("*.py")), Path(__file__)]:
+    for file in [*sorted(Path(reference.__file__).parent.glob("*.py")), Path(compare.__file__), Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

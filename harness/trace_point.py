@@ -13,7 +13,7 @@ from reference.forward import Tokens, forward
 from reference.numerics import UNIT_ROUNDOFF, Arithmetic
 from reference.weights import Weights
 
-#: Draws per trace point. One point is judged alone, so fewer than for the verdict would do harm only to the bound.
+#: Draws per trace point. Fewer than for the verdict: this says where a backend fails, not whether.
 _DRAWS = 2
 
 

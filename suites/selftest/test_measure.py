@@ -84,7 +84,9 @@ class TestPrefill:
 
     def test_first_call_is_one_sample(self, clock: FakeClock) -> None:
         session = Scripted(clock, [5_000, 10])
-        assert measure_first_call(session, PROMPT, clock) == Samples(tokens=3, ns=(5_000,), stopped="single call")
+        assert measure_first_call(session, PROMPT, clock) == Samples(
+            tokens=3, ns=(5_000,), stopped="single call", last_prompt=(7, 8, 9)
+        )
         assert session.calls == [(PROMPT, None)]
 
     def test_load_gives_what_was_loaded_and_its_time(self, clock: FakeClock) -> None:

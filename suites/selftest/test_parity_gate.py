@@ -15,9 +15,9 @@ from backends.faulty import FAULTS
 from backends.numpy_reference import NumpySession
 from harness.checks import Check, worst
 from harness.compare import logits_error
-from harness.measure import Samples, Sampling, measure_decode, measure_prefill
+from harness.measure import Samples, Sampling, measure_decode, measure_first_call, measure_prefill
 from harness.parity import Gate, gate
-from harness.timed_check import decode_checks, following, long_check, prefill_checks
+from harness.timed_check import decode_checks, following, long_check, prefill_checks, returned_check
 from harness.tolerance import K, Truth, beyond_gate, derive
 from harness.trace_point import first_bad_point
 from reference.config import Config
@@ -198,6 +198,18 @@ def test_what_the_timed_calls_returned_is_judged(truth: Truth) -> None:
     assert failing(faulty.FaultySession(WEIGHTS, "clean"), truth) == []
     assert "decode after timing" in failing(Tiring(WEIGHTS, "clean", 60), truth)[0]
     assert any(text.startswith("timed prefill") for text in failing(Remembering(WEIGHTS, "clean"), truth))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_wrong_first_call_is_caught(value: float, truth: Truth) -> None:
+    class Cold(faulty.FaultySession):
+        def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+            logits, new = super().forward(tokens, state)
+            return (np.full_like(logits, value) if self._calls == 1 else logits), new
+
+    for session, passes in ((Cold(WEIGHTS, "clean"), False), (faulty.FaultySession(WEIGHTS, "clean"), True)):
+        first = measure_first_call(session, PROMPT)
+        assert returned_check("first call", session, truth, first).passed == passes
 
 
 def test_a_greedy_loop_that_stops_computing_while_timed_is_caught(truth: Truth) -> None:

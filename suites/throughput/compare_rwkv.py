@@ -51,10 +51,7 @@ class System:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     if find_spec("torch") is None or find_spec("rwkv") is None:
-        print(
-            "the rwkv package is not installed: pip install torch && pip install --no-deps rwkv==0.8.32",
-            file=sys.stderr,
-        )
+        print(f"the rwkv package is not installed: {INSTALL}", file=sys.stderr)
         return 3
     try:
         model = open_model(arguments.model)
