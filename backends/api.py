@@ -9,8 +9,24 @@ optional protocols below; callers test with ``isinstance(session, Scoring)``.
 A backend that cannot run here raises :class:`Unavailable`; one that does not do what was asked
 raises :class:`Unsupported`. It never falls back to another device or precision.
 
+A backend whose dependencies clash with others' declares them in a PEP 723 header on top of its file:
+
+    # /// script
+    # requires-python = ">=3.10,<3.12"
+    # dependencies = ["torch==2.13.0", "transformers==4.31.0"]
+    # [tool.rwkv-bench]
+    # no-deps = ["bigdl-llm==2.4.0"]
+    # ///
+
+``rwkv-bench setup`` builds that environment (``no-deps``: installed without their own dependencies),
+and the backend then runs in a child interpreter there. The module is imported here too, for ``INFO``:
+import the runtime inside the functions, and use no syntax that the oldest Python named does not know.
+
 More names a module may have, all optional:
-    check() -> None        raises Unavailable if this machine cannot run the backend; cheap
+    check() -> None        raises Unavailable if this machine cannot run the backend; cheap; called where it runs
+    prepare(checkpoint, scheme, device) -> None
+                           writes what load() will want into the cache (:mod:`reference.converted`), so that
+                           the time of load is that of loading
     version() -> str       version of the runtime that does the work
     resident_bytes(config, scheme) -> int
                            bytes of weights it keeps while it computes, where that is not their stored size

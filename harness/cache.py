@@ -1,29 +1,12 @@
-"""Where derived files live: truths, content hashes, failure bundles; all of it can be deleted."""
+"""Where measured rows and failure bundles are kept when no option names a file."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """``RWKV_BENCH_CACHE``, else ``rwkv-bench`` in the user's cache folder."""
-    root = os.environ.get("RWKV_BENCH_CACHE")
-    return Path(root) if root else _user_folder("XDG_CACHE_HOME", ".cache")
+from reference.cache import user_folder
 
 
 def state_folder() -> Path:
-    """Where measured rows are kept when ``--store`` names no file: the user's state folder."""
-    return _user_folder("XDG_STATE_HOME", ".local/state")
-
-
-def _user_folder(variable: str, below_home: str) -> Path:
-    """``rwkv-bench`` in an XDG folder; a user without a home has one in the temporary folder."""
-    root = os.environ.get(variable, "")
-    if os.path.isabs(root):  # the specification says to ignore a relative one
-        return Path(root) / "rwkv-bench"
-    try:
-        return Path.home() / below_home / "rwkv-bench"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"rwkv-bench-{os.getuid()}" / Path(below_home).name
+    """The user's state folder: unlike the cache, what is in it cannot be made again."""
+    return user_folder("XDG_STATE_HOME", ".local/state")

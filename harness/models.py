@@ -8,15 +8,15 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 import reference
 from harness.budget import keeps
-from harness.cache import cache_folder
 from harness.names import did_you_mean
+from reference.cache import cache_folder
 from reference.checkpoint import load_checkpoint
 from reference.config import Config, preset, preset_names
 from reference.errors import ConfigError, InputError
@@ -68,13 +68,16 @@ def open_model(name: str, seed: int = 0) -> Model:
     """
     if name == TINY:
         path = EMBEDDED / "tiny.safetensors"
-        return Model(name, load_checkpoint(str(path)), _hash_files([path]))
+        return _model(name, load_checkpoint(str(path)), _hash_files([path]))
     if looks_like_path(name):
-        weights = load_checkpoint(name)
-        return Model(name, weights, content_hash(Path(name)))
+        return _model(name, load_checkpoint(name), content_hash(Path(name)))
     config = _preset(name)
     weights = _kept(synthetic(name, seed), config)
-    return Model(name, weights, hashlib.sha256(f"synthetic 1 {config} {seed}".encode()).hexdigest())
+    return _model(name, weights, hashlib.sha256(f"synthetic 1 {config} {seed}".encode()).hexdigest())
+
+
+def _model(name: str, weights: Weights, sha256: str) -> Model:
+    return Model(name, replace(weights, key=sha256), sha256)
 
 
 def is_generated(name: str) -> bool:

@@ -27,9 +27,9 @@ from threadpoolctl import threadpool_limits
 import reference
 from harness import compare
 from harness.budget import hold
-from harness.cache import cache_folder
 from harness.compare import LogitsError, StateError, logits_error, spread, state_error
 from harness.hardware import SMALL_PARAMETERS
+from reference.cache import cache_folder
 from reference.config import count_parameters
 from reference.forward import Tokens, forward
 from reference.numerics import UNIT_ROUNDOFF, Arithmetic

@@ -65,6 +65,7 @@ class Weights(Mapping[str, Tensor]):
     synthetic  random weights of a real shape, never to be mistaken for a trained model
     non_finite names of tensors that hold NaN or Inf
     metadata   what the file says of itself, such as where it was trained
+    key        hash of the content, where somebody has taken it; names what is converted from these weights
     """
 
     config: Config
@@ -73,6 +74,7 @@ class Weights(Mapping[str, Tensor]):
     synthetic: bool = False
     non_finite: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -93,7 +95,7 @@ class Weights(Mapping[str, Tensor]):
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Weights:
         """The same model with every tensor passed through ``change(name, tensor)``."""
-        return replace(self, tensors={name: change(name, tensor) for name, tensor in self.tensors.items()})
+        return replace(self, tensors={name: change(name, tensor) for name, tensor in self.tensors.items()}, key="")
 
     def in_memory(self, dtype: Any = np.float32) -> Weights:
         """The same model with every tensor upcast to ``dtype`` and held in memory."""

@@ -251,7 +251,8 @@ def test_a_user_without_a_home_has_a_store_in_the_temporary_folder(
 ) -> None:
     import tempfile
 
-    from harness.cache import cache_folder, state_folder
+    from harness.cache import state_folder
+    from reference.cache import cache_folder
 
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
