@@ -68,6 +68,7 @@ class BackendInfo:
     devices     device names it can be asked for, best known first
     thread_control  whether ``threads`` has a meaning (False: the runtime has one thread or its own mind)
     arithmetic_documented  False: rows say "declared, unverified"
+    usual       what ``--quant all`` means, where it is not every scheme; the others run by name or class
     """
 
     name: str
@@ -78,6 +79,7 @@ class BackendInfo:
     thread_control: bool = True
     arithmetic_documented: bool = True
     device_arithmetic: Mapping[tuple[str, str], Arithmetic] = field(default_factory=dict)
+    usual: tuple[str, ...] = ()
 
     def arithmetic(self, scheme: str, device: str) -> Arithmetic:
         """Declared arithmetic of a scheme on a device; ``device_arithmetic`` overrides per (scheme, device)."""

@@ -22,10 +22,11 @@ GROUP = "rwkv_bench.backends"
 BUILT_IN: dict[str, str] = {
     "numpy": "backends.numpy_reference",
     "torch": "backends.torch_eager",
+    "transformers": "backends.transformers_rwkv",
 }
 
 #: Usable by name, never part of ``all``: they exist for the tests of the harness itself.
-HIDDEN: dict[str, str] = {"faulty": "backends.faulty"}
+HIDDEN: dict[str, str] = {"faulty": "backends.faulty", "deadly": "backends.deadly"}
 
 
 class UnknownBackend(InputError):
@@ -64,6 +65,17 @@ def load_backend(name: str) -> ModuleType:
         lacking = "schemes" if info.devices else "devices"
         raise UnknownBackend(f"{name}: INFO names no {lacking}; at least one is needed")
     return module
+
+
+def place(name: str) -> dict[str, str]:
+    """Where another interpreter finds a backend: ``{"module": dotted name}`` or ``{"file": absolute path}``.
+
+    The name is one that :func:`load_backend` takes.
+    """
+    if name.endswith(".py"):
+        return {"file": os.path.abspath(name)}
+    built_in = {**BUILT_IN, **HIDDEN}.get(name)
+    return {"module": built_in or _installed()[name].value}
 
 
 def _installed() -> dict[str, EntryPoint]:

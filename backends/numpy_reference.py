@@ -25,6 +25,7 @@ INFO = BackendInfo(
     origin="this project, reference/forward.py",
     devices=("cpu",),
     schemes={name: Arithmetic() for name, scheme in SCHEMES.items() if scheme.codec is not None},
+    usual=("fp32", "fp16", "bf16", "q8f16_1", "q4f16_1", "Q8_0", "Q4_0"),  # the others cost and show the same
 )
 
 

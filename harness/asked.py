@@ -6,8 +6,10 @@ from argparse import Namespace
 
 from backends.api import Unavailable, Unsupported
 from harness.budget import shortage
+from harness.isolation.placement import check
 from harness.measure import Sampling, Workload
 from harness.models import model_config
+from harness.options import UsageError
 from harness.plan import ALL, Cell, Request, memory_needed, plan
 
 #: Prompt tokens, decode tokens, repeats.
@@ -22,6 +24,11 @@ INTERVAL_SAMPLES = 6
 def requested(arguments: Namespace) -> Request:
     """The request of ``run`` or ``parity``."""
     prompt, decode, _ = _sizes(arguments)
+    if arguments.isolate is False and (arguments.timeout is not None or arguments.cpus is not None):
+        option = "--timeout" if arguments.timeout is not None else "--cpus"
+        raise UsageError(f"{option} needs a process of its own for each cell; leave out --in-process")
+    if arguments.cpus is not None:
+        check(arguments.cpus)
     return Request(
         models=arguments.model,
         backends=arguments.backend,
@@ -31,6 +38,9 @@ def requested(arguments: Namespace) -> Request:
         threads=arguments.threads,
         workload=Workload(prompt, decode),
         seed=arguments.seed,
+        isolate=arguments.isolate,
+        timeout=arguments.timeout,
+        placement=arguments.cpus,
     )
 
 

@@ -15,7 +15,7 @@ from harness.models import Model
 from harness.parity import Gate
 from harness.plan import Cell, Refused, Request
 from harness.rows import Row
-from harness.session import Opened
+from harness.session import Opened, needs_isolation
 from harness.stats import derived
 from harness.timed_check import AGAINST_ITSELF
 from harness.tolerance import Truth
@@ -52,13 +52,20 @@ def base_row(cell: Cell, model: Model, job: Job) -> Row:
         scheme_class=scheme.scheme_class if scheme else None,
         device=cell.hardware.device,
         threads=cell.threads if load_backend(cell.backend).INFO.thread_control else None,
-        isolated=False,
+        isolated=runs_apart(cell.backend, job.request),
         workload=cell.workload,
         metric="parity",
         weight_bytes=_weight_bytes(config, cell.scheme),
         command=reproduce(cell, job),
         reason="not run",
     )
+
+
+def runs_apart(backend: str, request: Request) -> bool:
+    """Whether a backend's cells run in a process of their own."""
+    if request.isolate is not None:
+        return request.isolate
+    return request.timeout is not None or request.placement is not None or needs_isolation(backend)
 
 
 def reproduce(cell: Cell, job: Job) -> str:
@@ -69,6 +76,12 @@ def reproduce(cell: Cell, job: Job) -> str:
     if job.sampling:
         words += ["--prompt-tokens", str(work.prompt_tokens), "--decode-tokens", str(work.decode_tokens)]
         words += ["--repeats", str(job.sampling.repeats)]
+    if job.request.isolate is not None:
+        words.append("--isolate" if job.request.isolate else "--in-process")
+    if job.request.timeout is not None:
+        words += ["--timeout", f"{job.request.timeout:g}"]
+    if job.request.placement is not None:
+        words += ["--cpus", str(job.request.placement)]
     if job.request.seed:
         words += ["--seed", str(job.request.seed)]
     return shlex.join(words)

@@ -179,11 +179,22 @@ def generate(arguments: Namespace) -> int:
     return 0
 
 
+def setup(arguments: Namespace) -> int:
+    """``setup``: build environments; a line for each on stderr."""
+    from harness.live import LiveLine
+    from harness.options import command_file
+
+    with LiveLine(sys.stderr) as line:
+        code: int = command_file("setup").run(arguments, line.show, line.done)
+    return code
+
+
 _COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "run": run,
     "parity": run,
     "list": list_what_is_here,
     "generate": generate,
+    "setup": setup,
 }
 
 

@@ -12,7 +12,7 @@ from harness.budget import GIB
 from harness.estimate import estimate
 from harness.measure import Sampling
 from harness.plan import Cell, Plan
-from harness.session import check
+from harness.session import check_usable
 from harness.status import Ran
 
 Records = list[dict[str, Any]]
@@ -35,7 +35,7 @@ def foresee(planned: Plan, sampling: Sampling | None) -> list[Foreseen]:
         guess = estimate(cell, sampling)
         reason = guess.short
         try:
-            check(load_backend(cell.backend))
+            check_usable(cell.backend, load_backend(cell.backend))
         except Unavailable as error:
             reason = str(error)
         found.append(Foreseen(cell, guess.seconds, guess.bytes, reason and f"UNAVAILABLE: {reason}"))

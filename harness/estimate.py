@@ -39,7 +39,8 @@ def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None
     Efficiencies of real backends differ by small factors; this answers "seconds or hours".
     """
     config = config or model_config(cell.model)
-    scheme = cell.scheme if cell.scheme in SCHEMES else "fp32"
+    known = SCHEMES.get(cell.scheme)
+    scheme = cell.scheme if known is not None and known.codec is not None else "fp32"
     rate, bandwidth = probe()
     flop_per_token = 2.0 * (count_parameters(config) - config.n_vocab * config.n_embd)
     step = bytes_read_per_token(config, scheme) / bandwidth + config.n_layer * _CALL_SECONDS_PER_LAYER

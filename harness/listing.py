@@ -9,7 +9,7 @@ from backends.api import BackendInfo, Unavailable
 from backends.index import backend_names, load_backend
 from harness.hardware import KNOWN, local_hardware
 from harness.models import TINY, model_config, model_names
-from harness.session import check
+from harness.session import check_usable
 from reference.config import count_parameters
 from reference.errors import InputError
 from reference.schemes import SCHEMES
@@ -46,7 +46,7 @@ def _backends() -> Records:
 def _status(name: str) -> str:
     """``ready``, or why not and how to get it."""
     try:
-        check(load_backend(name))
+        check_usable(name, load_backend(name))
     except Unavailable as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - somebody else's check may raise anything; the list goes on

@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 Clock = Callable[[], int]
+#: Called between samples, outside every timed span, with what has been taken so far.
+Tell = Callable[[str], None]
 T = TypeVar("T")
 
 
@@ -83,7 +85,11 @@ def measure_first_call(session: Session, prompt: Sequence[int], clock: Clock = t
 
 
 def measure_prefill(
-    session: Session, prompt: Sequence[int], sampling: Sampling, clock: Clock = time.perf_counter_ns
+    session: Session,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    clock: Clock = time.perf_counter_ns,
+    tell: Tell | None = None,
 ) -> Samples:
     """Time ``forward(prompt, None)``, and up to the first token id in the same samples.
 
@@ -105,7 +111,7 @@ def measure_prefill(
             _argmax(logits)
             return prefill, prefill + clock() - start
 
-    taken = _collect(take, sampling, clock)
+    taken = _collect(take, sampling, clock, tell)
     return Samples(
         tokens=len(prompt),
         ns=tuple(prefill for prefill, _ in taken.samples),
@@ -137,6 +143,7 @@ def measure_decode(
     sampling: Sampling,
     clock: Clock = time.perf_counter_ns,
     driver: str | None = None,
+    tell: Tell | None = None,
 ) -> Samples:
     """Time ``n`` greedy steps after the prompt; every sample starts from the same state.
 
@@ -151,7 +158,7 @@ def measure_decode(
     watch.see(logits, "prompt", 0, 0)
     block = _block(session, chosen, _argmax(logits), state, n, clock, watch)
     del logits
-    taken = _collect(block, sampling, clock)
+    taken = _collect(block, sampling, clock, tell)
     first = taken.samples[0].ids
     return Samples(
         tokens=n,
@@ -225,12 +232,16 @@ class _Collected(Generic[T]):
     stopped: str
 
 
-def _collect(take: Callable[[str, int], T], sampling: Sampling, clock: Clock) -> _Collected[T]:
+def _collect(
+    take: Callable[[str, int], T], sampling: Sampling, clock: Clock, tell: Tell | None = None
+) -> _Collected[T]:
     """Warm up, then ``take(phase, i)`` until there are enough samples or the budget is spent."""
+    tell = tell or (lambda text: None)
     limit = None if sampling.budget_s is None else clock() + int(sampling.budget_s * 1e9)
     warmup: list[T] = []
     while len(warmup) < sampling.warmup:
         warmup.append(take("warm-up", len(warmup)))
+        tell("warm-up")
         if limit is not None and clock() >= limit:
             break
     samples: list[T] = []
@@ -238,6 +249,7 @@ def _collect(take: Callable[[str, int], T], sampling: Sampling, clock: Clock) ->
         if len(samples) >= sampling.minimum and limit is not None and clock() >= limit:
             return _Collected(tuple(warmup), tuple(samples), TIME_BUDGET)
         samples.append(take("sample", len(samples)))
+        tell(f"sample {len(samples)} of {sampling.repeats}")
     return _Collected(tuple(warmup), tuple(samples), REPEATS_REACHED)
 
 

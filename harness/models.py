@@ -30,11 +30,12 @@ EMBEDDED = Path(reference.__file__).parent / "embedded"
 
 @dataclass(frozen=True)
 class Model:
-    """A model as asked for: ``name``, its weights, and a hash of its content."""
+    """A model as asked for: ``name``, its weights, a hash of its content; ``seed`` of synthetic weights."""
 
     name: str
     weights: Weights
     sha256: str
+    seed: int | None = None
 
     @property
     def config(self) -> Config:
@@ -73,11 +74,11 @@ def open_model(name: str, seed: int = 0) -> Model:
         return _model(name, load_checkpoint(name), content_hash(Path(name)))
     config = _preset(name)
     weights = _kept(synthetic(name, seed), config)
-    return _model(name, weights, hashlib.sha256(f"synthetic 1 {config} {seed}".encode()).hexdigest())
+    return _model(name, weights, hashlib.sha256(f"synthetic 1 {config} {seed}".encode()).hexdigest(), seed)
 
 
-def _model(name: str, weights: Weights, sha256: str) -> Model:
-    return Model(name, replace(weights, key=sha256), sha256)
+def _model(name: str, weights: Weights, sha256: str, seed: int | None = None) -> Model:
+    return Model(name, replace(weights, key=sha256), sha256, seed)
 
 
 def is_generated(name: str) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import PurePath
+from types import ModuleType
 from typing import Any, NoReturn
 
+from harness.help_texts import COMMANDS, EXAMPLES, EXIT_CODES, TOP
 from harness.names import did_you_mean
 
 FORMATS = ("table", "md", "csv", "json", "jsonl")
@@ -14,68 +17,6 @@ SECTIONS = ("backends", "schemes", "hardware", "models")
 
 #: Upper limits far beyond sense, so that a slip of the finger is told at once and not by the system.
 MOST_TOKENS, MOST_REPEATS, MOST_THREADS, MOST_SEED = 1 << 20, 10_000, 4096, 2**63 - 1
-
-EXIT_CODES = """\
-exit status:
-  0    all that was asked for ran and passed
-  1    a parity failure or a non-finite value
-  2    bad usage or bad input
-  3    something asked for by name is not available or not supported here
-  4    a backend crashed
-  130  interrupted; what had been measured is printed and stored
-  Of several, the first of 2, 4, 1, 3.
-"""
-
-TOP = """\
-Is an RWKV-4 backend right, and how fast is it? Every speed stands beside the
-parity verdict taken from the same loaded session.
-
-examples:
-  rwkv-bench                                   every usable backend, small model
-  rwkv-bench --quick --backend torch           a first look at one backend
-  rwkv-bench --model 169m --quant fp16,int4    a real shape, synthetic weights
-  rwkv-bench --model RWKV-4-Pile-430M.pth      your checkpoint
-  rwkv-bench --model 7b --dry-run              how long, how much memory
-  rwkv-bench --hardware a800                   not here: what is published of it
-  rwkv-bench parity --format json              verdicts only, for scripts
-  rwkv-bench generate "The list" --tokens 100  text, with its speed
-  rwkv-bench list                              what is usable here
-"""
-
-COMMANDS = {
-    "run": "parity-gated prefill/decode table (the default command)",
-    "parity": "verdicts only",
-    "list": "what is usable here and how to get the rest",
-    "generate": "text from a prompt with one backend, with its speed",
-}
-
-EXAMPLES = {
-    "run": """\
-examples:
-  rwkv-bench run --backend numpy,torch --quant fp32,bf16
-  rwkv-bench run --quant int4                    every scheme of that class
-  rwkv-bench run --backend mine.py               a backend in a file of yours
-  rwkv-bench run --threads 1 --output table.md   format by the file's name
-""",
-    "parity": """\
-examples:
-  rwkv-bench parity --backend torch --quant fp16
-  rwkv-bench parity --format json | jq '.rows[] | select(.verdict != "PASS")'
-  rwkv-bench parity --backend faulty --device nan  what a failure looks like
-""",
-    "list": """\
-examples:
-  rwkv-bench list
-  rwkv-bench list backends
-  rwkv-bench list schemes --format json
-""",
-    "generate": """\
-examples:
-  rwkv-bench generate "The list" --tokens 200
-  rwkv-bench generate "The list" --temperature 0 --backend torch
-  echo "def main" | rwkv-bench generate - --seed 7
-""",
-}
 
 
 class UsageError(Exception):
@@ -114,10 +55,18 @@ class Parser(argparse.ArgumentParser):
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
 LATER_COMMANDS = (
-    *("localize", "headroom", "quality", "compare", "ab", "import", "gpu-check", "report"),
-    *("convert", "setup", "compile", "recommend"),
+    *("localize", "headroom", "quality", "compare", "ab", "gpu-check", "report", "compile", "recommend"),
+    *("import", "convert"),
 )
-LATER_OPTIONS = ("--isolate", "--timeout", "--cpus", "--resume")
+LATER_OPTIONS = ("--resume",)
+
+#: Commands with a file of their own: HELP, EXAMPLES, ``options(parser)`` and ``run``.
+COMMAND_FILES = {"setup": "harness.command_setup"}
+
+
+def command_file(name: str) -> ModuleType:
+    """The module of a command of :data:`COMMAND_FILES`."""
+    return importlib.import_module(COMMAND_FILES[name])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -128,13 +77,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise TextWanted(_version())
     parser, commands = _top()
     if argv[0] in LATER_COMMANDS:
-        raise NotInThisVersion(f"the command {argv[0]} is not in this version; commands: {', '.join(COMMANDS)}")
-    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        parser.error(f"no command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}commands: {', '.join(COMMANDS)}")
+        raise NotInThisVersion(
+            f"the command {argv[0]} is not in this version; commands: {', '.join([*COMMANDS, *COMMAND_FILES])}"
+        )
+    if not argv[0].startswith("-") and argv[0] not in (*COMMANDS, *COMMAND_FILES):
+        known = [*COMMANDS, *COMMAND_FILES]
+        parser.error(f"no command {argv[0]!r}; {did_you_mean(argv[0], known)}commands: {', '.join(known)}")
     arguments, rest = parser.parse_known_args(argv)
     later = next((word.split("=")[0] for word in rest if word.split("=")[0] in LATER_OPTIONS), None)
     if later:
-        raise NotInThisVersion(f"{later} is not in this version; cells run one after another in this process")
+        raise NotInThisVersion(f"{later} is not in this version")
     if rest:
         commands[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
@@ -162,6 +114,11 @@ def _top() -> tuple[Parser, dict[str, Parser]]:
         epilog = f"{EXAMPLES[name]}\n{EXIT_CODES}"
         commands[name] = subparsers.add_parser(name, help=text, description=text, epilog=epilog)
         build[name](commands[name])
+    for name in COMMAND_FILES:
+        file = command_file(name)
+        epilog = f"{file.EXAMPLES}\n{EXIT_CODES}"
+        commands[name] = subparsers.add_parser(name, help=file.HELP, description=file.HELP, epilog=epilog)
+        file.options(commands[name])
     return parser, commands
 
 
@@ -215,7 +172,21 @@ def _selection(parser: Parser) -> None:
     group.add_argument("--device", **names, default=("all",), help="cpu, cuda, cuda:1, mps (default all)")
     _threads(group)
     _seed(group, "of prompts and of synthetic weights")
+    _apart(parser)
     group.add_argument("--dry-run", action="store_true", help="cells, estimated time and memory; nothing is run")
+
+
+def _apart(parser: Parser) -> None:
+    group = parser.add_argument_group("processes (a backend with an environment of its own always has one)")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--isolate", action="store_true", default=None, help="run each cell in a process of its own, whatever backend"
+    )
+    where.add_argument("--in-process", dest="isolate", action="store_false", help="run every cell in this process")
+    group.add_argument(
+        "--timeout", type=_real(0.1, 1e6), metavar="S", help="seconds without a sign of life (default 600); isolates"
+    )
+    group.add_argument("--cpus", type=_cpus, metavar="LIST", help="CPUs such as 0-3,6, or node:0; isolates")
 
 
 def _output(parser: Parser) -> None:
@@ -253,6 +224,15 @@ def _path(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("the path of a file is needed")
     return text
+
+
+def _cpus(text: str) -> Any:
+    from harness.isolation.placement import BadPlacement, parse
+
+    try:
+        return parse(text)
+    except BadPlacement as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--cpus ")) from None
 
 
 def _one_of(what: str, known: tuple[str, ...]) -> Callable[[str], str]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from backends.api import BackendInfo
+from backends.api import BackendInfo, Unavailable
 from backends.index import backend_names, load_backend
 from harness.budget import needed_bytes
 from harness.hardware import Hardware, default_threads, resolve
+from harness.isolation.placement import Placement
+from harness.isolation.start import environment
 from harness.measure import Workload
 from harness.models import is_generated, model_config, model_names
 from harness.names import did_you_mean
 from reference.config import Config, count_parameters
-from reference.errors import InputError
-from reference.schemes import SCHEME_CLASSES, SCHEMES
+from reference.errors import ConfigError, InputError
+from reference.schemes import SCHEME_CLASSES, SCHEMES, stored_bytes
 
 ALL = "all"
 
@@ -28,7 +31,11 @@ class UnknownDevice(InputError):
 
 @dataclass(frozen=True)
 class Request:
-    """The options of a run. Lists hold names as the user typed them; ``all`` stands for every usable one."""
+    """The options of a run. Lists hold names as the user typed them; ``all`` stands for every usable one.
+
+    isolate             each cell in a process of its own; ``None``: where its backend declares an environment
+    timeout, placement  of such a process; either makes every cell run in one
+    """
 
     models: tuple[str, ...] = ("tiny",)
     backends: tuple[str, ...] = (ALL,)
@@ -38,6 +45,9 @@ class Request:
     threads: int | None = None
     workload: Workload = field(default_factory=lambda: Workload(256, 64))
     seed: int = 0
+    isolate: bool | None = None
+    timeout: float | None = None
+    placement: Placement | None = None
 
     @property
     def explicit(self) -> bool:
@@ -97,11 +107,17 @@ def plan(request: Request) -> Plan:
     named = ALL not in request.backends
     placed = named and ALL not in request.devices
     nowhere = {name for name in request.schemes if not any(match_schemes((name,), i)[0] for i in infos.values())}
+    unready = {} if request.isolate is False else _unready(infos)
     cells: list[Cell] = []
     refused: list[Refused] = []
     for model in models:
         refused += [Refused("UNAVAILABLE", why, name, ALL, model, where, False) for name, why in broken.items()]
         for backend, info in infos.items():
+            lack = unready.get(backend)
+            if lack is not None:
+                by_name = backend in request.backends
+                refused.append(Refused("UNAVAILABLE", lack, backend, ALL, model, where, by_name))
+                continue
             schemes, lacking = match_schemes(request.schemes, info)
             for scheme in lacking:
                 why = f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}"
@@ -112,7 +128,13 @@ def plan(request: Request) -> Plan:
                 why = f"{backend} does not run on {_devices(places)}; it runs on {', '.join(info.devices)}"
                 refused.append(Refused("UNSUPPORTED", why, backend, ALL, model, where, placed))
             threads = request.threads or default_threads(count_parameters(configs[model]))
-            cells += [Cell(model, backend, s, place, threads, request.workload) for place in usable for s in schemes]
+            misfits = {scheme: why for scheme in schemes if (why := _misfit(configs[model], scheme)) and usable}
+            fitting = [scheme for scheme in schemes if scheme not in misfits]
+            cells += [Cell(model, backend, s, place, threads, request.workload) for place in usable for s in fitting]
+            refused += [
+                Refused("UNSUPPORTED", why, backend, scheme, model, where, named and scheme in request.schemes)
+                for scheme, why in misfits.items()
+            ]
     if not cells:
         # What `all` leaves out is no failure, unless nothing at all is left of what was asked.
         refused = [replace(refusal, by_name=True) for refusal in refused]
@@ -145,11 +167,27 @@ def match_schemes(names: tuple[str, ...], info: BackendInfo) -> tuple[list[str],
     found: list[str] = []
     lacking: list[str] = []
     for name in dict.fromkeys(names):
-        hits = [s for s in info.schemes if name in (ALL, s) or (s in SCHEMES and SCHEMES[s].scheme_class == name)]
+        usual = info.usual or tuple(info.schemes)
+        hits = [s for s in (usual if name == ALL else info.schemes) if name in (ALL, s, _class(s))]
         found += hits
         if not hits:
             lacking.append(name)
     return [scheme for scheme in info.schemes if scheme in found], lacking
+
+
+def _class(scheme: str) -> str:
+    return SCHEMES[scheme].scheme_class if scheme in SCHEMES else ""
+
+
+def _misfit(config: Config, scheme: str) -> str | None:
+    """Why a scheme cannot store a model of this shape; ``None`` if it can, or only its own system knows."""
+    if scheme not in SCHEMES or SCHEMES[scheme].codec is None:
+        return None
+    try:
+        stored_bytes(config, scheme)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _backends(names: tuple[str, ...]) -> tuple[dict[str, BackendInfo], dict[str, str]]:
@@ -164,6 +202,17 @@ def _backends(names: tuple[str, ...]) -> tuple[dict[str, BackendInfo], dict[str,
                 raise
             broken[name] = str(error)
     return infos, broken
+
+
+def _unready(names: Iterable[str]) -> dict[str, str]:
+    """Backends whose own environment is not built, and what to do."""
+    lacking = {}
+    for name in names:
+        try:
+            environment(name, load_backend(name))
+        except Unavailable as error:
+            lacking[name] = str(error)
+    return lacking
 
 
 def _check_device_names(names: tuple[str, ...], infos: list[BackendInfo]) -> None:

@@ -54,6 +54,7 @@ class Row:
     """One result of one cell; field names are those of the JSON.
 
     run, time        which run and when (ISO 8601); a measured row needs both
+    cpus             the CPUs (and the memory) that its process was bound to, if it was
     unit             the metric's (:data:`METRIC_UNITS`); filled in if left empty
     value, interval  median and its 95 % interval, in ``unit``
     samples          raw: nanoseconds for times and rates, the metric's own unit else
@@ -82,6 +83,7 @@ class Row:
     device: str | None = None
     threads: int | None = None
     isolated: bool | None = None
+    cpus: str | None = None
     driver: str | None = None
     workload: Workload | None = None
     metric: str

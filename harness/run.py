@@ -11,7 +11,7 @@ import os
 import secrets
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -31,19 +31,14 @@ from harness.cell_rows import (
     timed_row,
 )
 from harness.checks import Check
-from harness.measure import (
-    MeasureError,
-    Samples,
-    measure_decode,
-    measure_first_call,
-    measure_prefill,
-)
-from harness.memory import MemorySpan
+from harness.isolation.child import ChildDied, ChildTimedOut
+from harness.isolation.remote import RemoteError
+from harness.measure import MeasureError, Samples, Sampling
 from harness.models import Model, gate_tokens, open_model
 from harness.parity import Gate, gate
 from harness.plan import Cell, Plan, memory_needed
 from harness.rows import Row, RowError
-from harness.session import Opened, open_session
+from harness.session import Apart, Opened, open_session
 from harness.store import StoreError
 from harness.timed_check import decode_checks, following, long_check, prefill_checks, returned_check
 from harness.tolerance import Truth, beyond_gate, derive
@@ -84,85 +79,129 @@ def _emit_named(emit: Emit, named: bool, row: Row) -> None:
 
 
 def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], tell: Tell) -> None:
-    """All rows of one cell. A backend that raises becomes a row that says so."""
+    """All rows of one cell. A backend that raises, dies or hangs becomes a row that says so."""
     tell(cell, "loading")
     base = base_row(cell, model, job)
     short = shortage(memory_needed(cell, model.config), cell.hardware.device)
     if short:
         emit(replace(base, verdict="UNAVAILABLE", reason=short))
         return
-    span = MemorySpan()
+    work = _Work(cell, model, job, emit, partial(tell, cell))
     try:
-        with open_session(cell.backend, model, cell.scheme, cell.hardware.device, cell.threads) as opened:
-            _judge_and_measure(cell, model, job, opened, base, span, emit, tell)
+        with open_session(
+            cell.backend,
+            model,
+            cell.scheme,
+            cell.hardware.device,
+            cell.threads,
+            job.request.isolate,
+            _apart(job),
+            work.tell,
+        ) as opened:
+            work.judge_and_measure(opened, base)
     except (RowError, StoreError):
         raise  # ours, not the backend's
-    except (Unavailable, Unsupported, InputError) as error:
-        verdict = "UNAVAILABLE" if isinstance(error, Unavailable) else "UNSUPPORTED"
-        emit(replace(base, verdict=verdict, reason=str(error)))
-    except MeasureError as error:
-        emit(replace(base, verdict="FAIL", reason=str(error)))
     except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
-        where = save_bundle(job.run, str(cell), {"traceback": traceback.format_exc()})
-        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
-        reason = f"{what}; traceback in {where}"
-        emit(replace(base, verdict="CRASHED", reason=reason))
+        verdict, reason = _verdict(error, cell, job)
+        emit(replace(base, metric=work.metric, unit="", verdict=verdict, reason=reason))
     finally:
-        span.close()
         gc.collect()
 
 
-def _judge_and_measure(
-    cell: Cell,
-    model: Model,
-    job: Job,
-    opened: Opened,
-    base: Row,
-    span: MemorySpan,
-    emit: Callable[[Row], None],
-    tell: Tell,
-) -> None:
-    session = opened.session
-    base = replace(base, backend_version=opened.version, arithmetic=arithmetic_text(opened))
-    prompt = gate_tokens(model, max(GATE_TOKENS, cell.workload.prompt_tokens), job.request.seed)
-    timed = prompt[: cell.workload.prompt_tokens]
-    first: Samples | None = None
-    if job.sampling is not None:
-        tell(cell, "first call")
-        first = measure_first_call(session, timed)
-    load_peak = span.peak().growth_bytes
-    tell(cell, "deriving the bound")
-    truth = derive(model.weights, cell.scheme, opened.arithmetic, prompt[:GATE_TOKENS], model.sha256)
-    tell(cell, "parity")
-    found = _judge(cell, model, session, truth, timed, first)
-    rows = parity_rows(base, found, truth)
-    if not found.passed:
-        rows[0] = _explained(rows[0], cell, model, job, opened, truth, found)
-    for row in rows:
-        emit(row)
-    span.forget()  # what the reference needed is not the backend's
-    if job.sampling is None or first is None:
-        return
-    emit(timed_row(base, "load", (opened.load_ns,), found, load_peak))
-    emit(timed_row(base, "first_call", first.ns, found, load_peak))
-    if not found.passed:
-        for metric in ("prefill", "decode"):
-            emit(no_speed_row(base, metric, f"not timed: {found.first_bad}"))
-        return
-    tell(cell, "prefill")
-    prefill = measure_prefill(session, timed, job.sampling)
-    peak = span.peak().growth_bytes
-    bad = _first_bad(prefill_checks(session, truth, prefill))
-    if bad is None:
-        emit(sampled_row(base, "prefill", prefill, peak))
-        emit(sampled_row(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), peak))
-        tell(cell, "decode")
-        decode = measure_decode(session, timed, cell.workload.decode_tokens, job.sampling)
-        peak = span.peak().growth_bytes
-        bad = _first_bad(decode_checks(session, timed, truth, decode))
-    else:
-        emit(no_speed_row(base, "prefill", f"no speed: {bad}"))
-    emit(sampled_row(base, "decode", decode, peak) if bad is None else no_speed_row(base, "decode", f"no speed: {bad}"))
+def _apart(job: Job) -> Apart | None:
+    request = job.request
+    return None if request.timeout is None and request.placement is None else Apart(request.timeout, request.placement)
+
+
+def _verdict(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
+    """What an exception of a cell makes of it, and why."""
+    if isinstance(error, Unavailable):
+        return "UNAVAILABLE", str(error)
+    if isinstance(error, (Unsupported, InputError)):
+        return "UNSUPPORTED", str(error)
+    if isinstance(error, MeasureError):
+        return "FAIL", str(error)
+    if isinstance(error, ChildTimedOut):
+        return "TIMEOUT", str(error)
+    if isinstance(error, ChildDied):
+        return "CRASHED", str(error)
+    remote = isinstance(error, RemoteError)
+    lines = error.traceback if isinstance(error, RemoteError) else traceback.format_exc()
+    where = save_bundle(job.run, str(cell), {"traceback": lines})
+    what = " ".join((str(error) if remote else f"{type(error).__name__}: {error}").split()).rstrip(": ")
+    return "CRASHED", f"{what}; traceback in {where}"
+
+
+@dataclass
+class _Work:
+    """One cell at work. ``metric`` is what a row would be about, should it end now."""
+
+    cell: Cell
+    model: Model
+    job: Job
+    emit: Callable[[Row], None]
+    tell: Callable[[str], None]
+    metric: str = "load"
+
+    def judge_and_measure(self, opened: Opened, base: Row) -> None:
+        cell, job, model, session = self.cell, self.job, self.model, opened.session
+        base = replace(
+            base,
+            backend_version=opened.version,
+            arithmetic=arithmetic_text(opened),
+            isolated=opened.isolated,
+            cpus=opened.cpus,
+        )
+        prompt = gate_tokens(model, max(GATE_TOKENS, cell.workload.prompt_tokens), job.request.seed)
+        timed = prompt[: cell.workload.prompt_tokens]
+        first: Samples | None = None
+        if job.sampling is not None:
+            self._begin("first_call", "first call")
+            first = opened.meter.first_call(timed)
+        load_peak = opened.meter.peak_bytes()
+        self._begin("parity", "deriving the bound")
+        truth = derive(model.weights, cell.scheme, opened.arithmetic, prompt[:GATE_TOKENS], model.sha256)
+        self.tell("parity")
+        found = _judge(cell, model, session, truth, timed, first)
+        rows = parity_rows(base, found, truth)
+        if not found.passed:
+            rows[0] = _explained(rows[0], cell, model, job, opened, truth, found)
+        for row in rows:
+            self.emit(row)
+        opened.meter.forget()  # what the reference needed is not the backend's
+        if job.sampling is None or first is None:
+            return
+        self.emit(timed_row(base, "load", (opened.load_ns,), found, load_peak))
+        self.emit(timed_row(base, "first_call", first.ns, found, load_peak))
+        if not found.passed:
+            for metric in ("prefill", "decode"):
+                self.emit(no_speed_row(base, metric, f"not timed: {found.first_bad}"))
+            return
+        self._measure(opened, base, truth, timed, job.sampling)
+
+    def _measure(self, opened: Opened, base: Row, truth: Truth, timed: Sequence[int], sampling: Sampling) -> None:
+        """Prefill and decode; a decode after a prefill that went wrong has no speed either."""
+        self._begin("prefill", "prefill")
+        prefill = opened.meter.prefill(timed, sampling, lambda text: self.tell(f"prefill, {text}"))
+        peak = opened.meter.peak_bytes()
+        bad = _first_bad(prefill_checks(opened.session, truth, prefill))
+        if bad is not None:
+            for metric in ("prefill", "decode"):
+                self.emit(no_speed_row(base, metric, f"no speed: {bad}"))
+            return
+        self.emit(sampled_row(base, "prefill", prefill, peak))
+        self.emit(sampled_row(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), peak))
+        self._begin("decode", "decode")
+        steps = self.cell.workload.decode_tokens
+        decode = opened.meter.decode(timed, steps, sampling, lambda text: self.tell(f"decode, {text}"))
+        peak = opened.meter.peak_bytes()
+        bad = _first_bad(decode_checks(opened.session, timed, truth, decode))
+        row = sampled_row(base, "decode", decode, peak) if bad is None else None
+        self.emit(row or no_speed_row(base, "decode", f"no speed: {bad}"))
+
+    def _begin(self, metric: str, phase: str) -> None:
+        self.metric = metric
+        self.tell(phase)
 
 
 def _first_bad(checks: Sequence[Check]) -> Check | None:

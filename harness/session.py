@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
 
 from threadpoolctl import threadpool_limits
 
 from backends.api import BackendInfo, Closing, Session, Unsupported
-from backends.index import load_backend
+from backends.index import load_backend, place
+from harness.isolation import start
+from harness.isolation.child import ChildDied, ChildTimedOut
+from harness.isolation.placement import Placement
+from harness.isolation.remote import RemoteMeter, remote_session
 from harness.measure import timed_load
+from harness.meter import HereMeter, Meter, Tell
 from harness.models import Model, open_model
 from reference.numerics import Arithmetic
 from reference.weights import Weights
@@ -19,13 +24,35 @@ from reference.weights import Weights
 
 @dataclass(frozen=True)
 class Opened:
-    """A loaded session with what a row says of it. ``load_ns`` is the time ``load`` took."""
+    """A loaded session with what a row says of it.
+
+    meter     measures it where it runs
+    load_ns   the time ``load`` took
+    isolated  whether it runs in a process of its own
+    cpus      what that process is bound to, if it is
+    """
 
     session: Session
     info: BackendInfo
     version: str | None
     arithmetic: Arithmetic
     load_ns: int
+    meter: Meter
+    isolated: bool = False
+    cpus: str | None = None
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How a process of its own is run: ``timeout`` in seconds without a sign of life, and on which CPUs."""
+
+    timeout: float | None = None
+    placement: Placement | None = None
+
+
+def needs_isolation(backend: str) -> bool:
+    """Whether a backend declares an environment of its own."""
+    return start.requirements(load_backend(backend)) is not None
 
 
 @contextmanager
@@ -35,14 +62,18 @@ def open_session(
     scheme: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
-    isolate: bool = False,
+    isolate: bool | None = None,
+    apart: Apart | None = None,
+    tell: Tell = lambda text: None,
 ) -> Iterator[Opened]:
     """Load ``model`` into ``backend``; closes the session at the end.
 
-    ``scheme=None`` is the backend's first. Raises UnknownBackend, InputError, Unavailable or Unsupported.
+    scheme   ``None``: the backend's first
+    isolate  in a process of its own; ``None``: where the backend declares an environment
+
+    Raises UnknownBackend, InputError, Unavailable or Unsupported; isolated, also ChildDied, ChildTimedOut
+    and RemoteError (:mod:`harness.isolation`).
     """
-    if isolate:
-        raise Unsupported("sessions run in this process only; isolate=True is not available in this version")
     module = load_backend(backend)
     info: BackendInfo = module.INFO
     scheme = scheme or next(iter(info.schemes))
@@ -50,16 +81,83 @@ def open_session(
         raise Unsupported(f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}")
     if device.split(":")[0] not in info.devices:
         raise Unsupported(f"{backend} does not run on {device}; it runs on {', '.join(info.devices)}")
+    if isolate is None:
+        isolate = apart is not None or needs_isolation(backend)
+    if isolate:
+        with _opened_apart(backend, module, model, scheme, device, threads, apart or Apart(), tell) as opened:
+            yield opened
+    else:
+        with _opened_here(module, model, scheme, device, threads) as opened:
+            yield opened
+
+
+@contextmanager
+def _opened_here(
+    module: ModuleType, model: str | Model | Weights, scheme: str, device: str, threads: int | None
+) -> Iterator[Opened]:
     check(module)
     weights = _weights(model)
-    # Whatever numpy the backend uses gets as many threads as were asked for; its own pools are its own switch.
-    with threadpool_limits(threads, user_api="blas"):
-        session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
-        try:
-            yield Opened(session, info, version(module), info.arithmetic(scheme, device), load_ns)
-        finally:
-            if isinstance(session, Closing):
-                session.close()
+    meter = HereMeter()
+    try:
+        # Whatever numpy the backend uses gets as many threads as were asked for; its own pools are its own switch.
+        with threadpool_limits(threads, user_api="blas"):
+            prepare = getattr(module, "prepare", None)
+            if prepare is not None:
+                prepare(weights, scheme, device)
+            session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
+            meter.session = session
+            try:
+                arithmetic = module.INFO.arithmetic(scheme, device)
+                yield Opened(session, module.INFO, version(module), arithmetic, load_ns, meter)
+            finally:
+                if isinstance(session, Closing):
+                    session.close()
+    finally:
+        meter.close()
+
+
+@contextmanager
+def _opened_apart(
+    backend: str,
+    module: ModuleType,
+    model: str | Model | Weights,
+    scheme: str,
+    device: str,
+    threads: int | None,
+    apart: Apart,
+    tell: Tell,
+) -> Iterator[Opened]:
+    weights = _weights(model)
+    line = start.start(backend, module, threads, apart.timeout)
+    try:
+        seed, name = (model.seed, model.name) if isinstance(model, Model) else (None, "")
+        where = start.model_at(weights, seed, name, line.child.folder)
+        cpus, node = (apart.placement.cpus, apart.placement.node) if apart.placement else (None, None)
+        answer = line.open(
+            tell,
+            backend=place(backend),
+            model=where,
+            scheme=scheme,
+            device=device,
+            threads=threads,
+            cpus=cpus,
+            node=node,
+        )
+        yield Opened(
+            session=remote_session(line, answer["capabilities"]),
+            info=module.INFO,
+            version=answer["version"],
+            arithmetic=module.INFO.arithmetic(scheme, device),
+            load_ns=answer["load_ns"],
+            meter=RemoteMeter(line),
+            isolated=True,
+            cpus=answer["cpus"],
+        )
+        with suppress(ChildDied, ChildTimedOut):  # it has answered all that was asked; how it ends changes nothing
+            line.ask("close")
+            line.child.end()
+    finally:
+        line.child.kill()
 
 
 def check(module: ModuleType) -> None:
@@ -67,6 +165,12 @@ def check(module: ModuleType) -> None:
     declared = getattr(module, "check", None)
     if declared is not None:
         declared()
+
+
+def check_usable(backend: str, module: ModuleType) -> None:
+    """Raise Unavailable if a backend, or the environment it needs, is not to be had here; starts nothing."""
+    if start.environment(backend, module) is None:
+        check(module)
 
 
 def version(module: ModuleType) -> str | None:

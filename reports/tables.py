@@ -114,6 +114,8 @@ def _cells(rows: Sequence[Row]) -> list[list[Row]]:
 
 #: Verdicts of cells that never started.
 _NOT_RUN = ("UNAVAILABLE", "UNSUPPORTED")
+#: Verdicts of processes that ended before their cell did.
+_ENDED = ("CRASHED", "TIMEOUT")
 
 _KEYS = ("hardware", "model", "backend", "scheme", "threads")
 
@@ -151,20 +153,22 @@ def _title(rows: Sequence[Row], shared: dict[str, str]) -> str:
 def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
     by_metric = {row.metric: row for row in group}
     verdict = _verdict(group)
-    parity = next((row for row in group if row.verdict == verdict and row.error is not None), None)
-    judged = (verdict, _error(parity))
+    gate = [row for row in group if row.metric in ("parity", "state_parity")]
+    ended = verdict in _ENDED and bool(gate)  # it was judged before it died: that verdict stands
+    shown = _verdict(gate) if ended else verdict
+    judged = (shown, _error(next((row for row in group if row.verdict == shown and row.error is not None), None)))
     if not timed:
         return judged
     if verdict in _NOT_RUN:
         return (*judged, "-", "-", "", "")
-    if verdict != "PASS":
+    if verdict != "PASS" and not ended:
         return (*judged, verdict, verdict, "", "")
     peak = max((row.peak_bytes for row in group if row.peak_bytes is not None), default=None)
     first = by_metric.get("time_to_first_token")
     return (
         *judged,
-        _speed(by_metric.get("prefill")),
-        _speed(by_metric.get("decode")),
+        _speed(by_metric.get("prefill")) or ended * verdict,
+        _speed(by_metric.get("decode")) or ended * verdict,
         "" if first is None or first.value is None else _seconds(first.value),
         "" if peak is None else _bytes(peak),
     )

@@ -39,7 +39,7 @@ def faulty(device: str, small: str) -> tuple[str, ...]:
     [
         ("--backend numpyy", "did you mean 'numpy'"),
         ("--backend nowhere/mine.py", "nowhere/mine.py: no such file"),
-        ("--quant Q4_1", "did you mean 'Q4_0'"),
+        ("--quant Q4_O", "did you mean 'Q4_0'"),
         ("--hardware A80", "did you mean 'a800'"),
         ("--model 168m", "did you mean '169m'"),
         ("--model no/such.pth", "no/such.pth"),
@@ -171,9 +171,9 @@ def test_what_was_asked_by_name_and_is_not_to_be_had_is_3(small: str, bench: Ben
     done = bench("parity", "--model", small, "--backend", "numpy", "--device", "cuda")
     assert done.code == 3
     assert "numpy does not run on cuda; it runs on cpu" in done.out
-    done = bench("parity", "--model", small, "--backend", "numpy", "--quant", "fp32,int5", "--threads", "1")
+    done = bench("parity", "--model", small, "--backend", "numpy", "--quant", "fp32,int3", "--threads", "1")
     assert done.code == 3
-    assert "nothing ran for --quant int5" in done.err
+    assert "nothing ran for --quant int3" in done.err
 
 
 def test_too_little_memory_is_told_before_anything_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +194,13 @@ def test_dry_run_loads_and_stores_nothing(
     assert done.code in (0, 3)
     assert "nothing was run" in done.out
     assert not state.exists()
-    done = bench("--model", small, "--backend", "numpy", "--quant", "fp32,int5", "--dry-run", "--format", "json")
+    done = bench("--model", small, "--backend", "numpy", "--quant", "fp32,int3", "--dry-run", "--format", "json")
     assert done.code == 3
     cells = json.loads(done.out)["cells"]
-    assert [cell["scheme"] for cell in cells] == ["fp32", "int5"]
+    assert [cell["scheme"] for cell in cells] == ["fp32", "int3"]
     assert cells[0]["seconds"] > 0
     assert cells[0]["reason"] is None
-    assert cells[1]["reason"].startswith("UNSUPPORTED: numpy has no scheme int5")
+    assert cells[1]["reason"].startswith("UNSUPPORTED: numpy has no scheme int3")
 
 
 def test_the_command_of_a_row_reproduces_it(small: str, bench: Bench) -> None:

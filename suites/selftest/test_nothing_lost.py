@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from harness import run as run_module
+from harness import meter
 from harness.collect import Collector
 from harness.progress import Progress
 from harness.rows import Row
@@ -35,7 +35,7 @@ def stop_decode(monkeypatch: pytest.MonkeyPatch, stop: Callable[[], Any]) -> Non
     def measure_decode(*_: Any, **__: Any) -> None:
         stop()
 
-    monkeypatch.setattr(run_module, "measure_decode", measure_decode)
+    monkeypatch.setattr(meter, "measure_decode", measure_decode)
 
 
 def interrupt() -> None:

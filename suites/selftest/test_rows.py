@@ -39,6 +39,7 @@ def full() -> Row:
         device="cpu",
         threads=4,
         isolated=True,
+        cpus="0-3",
         driver="loop",
         workload=Workload(256, 64, 1),
         unit="tok/s",
@@ -61,7 +62,7 @@ def full() -> Row:
 
 def test_the_fields_are_those_of_the_format() -> None:
     text = """kind run time hardware hardware_detail backend backend_version model model_sha256 synthetic config
-    scheme scheme_class arithmetic device threads isolated driver workload metric unit value interval samples
+    scheme scheme_class arithmetic device threads isolated cpus driver workload metric unit value interval samples
     peak_bytes weight_bytes roofline_fraction stopped command verdict reason error bound first_bad"""
     assert [name for name in FIELDS if name not in ("steps", "statistic")] == text.split()
     assert SCHEMA == 1

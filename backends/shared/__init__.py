@@ -1,0 +1,1 @@
+"""What several adapters share. No runtime is imported when one of these modules is; only inside its functions."""

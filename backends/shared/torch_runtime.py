@@ -1,0 +1,68 @@
+"""torch as several runtimes use it: devices by name, and what it keeps per process."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import numpy as np
+
+from backends.api import Unavailable, Unsupported
+
+#: Scheme -> name of torch's type for its activations.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def package_version(package: str) -> str:
+    """Version of an installed package without importing it; empty where it is not installed."""
+    try:
+        return installed_version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def check_threads(threads: int | None, runtime: str) -> None:
+    """Raise Unsupported for a number of threads that torch does not take."""
+    if threads is not None and threads < 1:
+        raise Unsupported(f"{runtime} needs at least one CPU thread; {threads} were asked for")
+
+
+def check_device(device: str, runtime: str) -> None:
+    """Raise Unsupported for a device that is not ``cpu``, ``cuda`` or ``cuda:<index>``, Unavailable for one not here."""
+    import torch
+
+    kind, colon, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
+        raise Unsupported(f"{runtime} has no device {device!r} here; it has cpu, cuda and cuda:<index>")
+    if kind == "cpu":
+        return
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            raise Unavailable(f"torch {torch.__version__} is a build without CUDA", "see pytorch.org/get-started")
+        raise Unavailable("torch sees no CUDA device", "it needs an NVIDIA GPU and driver; see nvidia-smi")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise Unavailable(f"there is no {device}", f"torch sees {torch.cuda.device_count()} CUDA device(s)")
+
+
+def settle(threads: int | None, runtime: str) -> None:
+    """Set what torch keeps per process, which another session or library may have changed since; cheap.
+
+    TF32 and sums in half precision would break the declared arithmetic; importing ``rwkv`` turns TF32 on.
+    """
+    import torch
+
+    if threads is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+        if torch.get_num_threads() != threads:
+            raise Unsupported(f"{runtime} runs {torch.get_num_threads()} threads where {threads} were asked for")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A float32 copy in host memory; later in-place operations do not reach it."""
+    import torch
+
+    return np.asarray(tensor.detach().to("cpu", torch.float32, copy=True).numpy())

@@ -1,0 +1,71 @@
+"""``setup``: build the environments of backends that need their own, and see that each one answers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from backends.api import Unavailable
+from backends.index import backend_names, load_backend, place
+from harness.status import NOT_AVAILABLE, PASSED
+
+HELP = "build the environment of a backend that needs its own"
+EXAMPLES = """\
+examples:
+  rwkv-bench setup rwkv.cpp
+  rwkv-bench setup all                  every backend that needs an environment
+  rwkv-bench setup mine.py              a file of yours with a PEP 723 header
+  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu rwkv-bench setup all
+                                        CPU wheels of torch on Linux; pip's own settings apply
+"""
+
+Say = Callable[[str], None]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("backends", nargs="+", metavar="BACKEND", help="names or .py files, or all")
+
+
+def run(arguments: argparse.Namespace, show: Say, done: Say) -> int:
+    """Build what is asked; ``show`` gets what is happening, ``done`` one line per backend. The exit status."""
+    from harness.isolation.environments import build
+    from harness.isolation.start import requirements
+
+    named = "all" not in arguments.backends
+    failed = False
+    for name in dict.fromkeys(backend_names() if not named else arguments.backends):
+        wanted = requirements(load_backend(name))
+        if wanted is None:
+            if named:
+                done(f"{name}: needs no environment of its own")
+            continue
+
+        def tell(line: str, name: str = name) -> None:
+            show(f"{name}: {line}")
+
+        try:
+            environment = build(name, wanted, tell)
+            show(f"{name}: first start")
+            done(f"{name}: ready, {_first_start(name)}, Python {environment.version}, {len(environment.lock)} packages")
+        except Unavailable as error:
+            failed = True
+            done(f"{name}: not available: {error}")
+    return NOT_AVAILABLE if failed else PASSED
+
+
+def _first_start(name: str) -> str:
+    """Start the backend's worker in its environment once: what it says of its version. Raises Unavailable."""
+    from harness.isolation.child import ChildDied, ChildTimedOut
+    from harness.isolation.remote import RemoteError
+    from harness.isolation.start import start
+
+    try:
+        line = start(name, load_backend(name))
+        try:
+            answer, _ = line.ask("check", backend=place(name))
+        finally:
+            line.child.kill()
+    except (ChildDied, ChildTimedOut, RemoteError) as error:
+        raise Unavailable(f"its environment was built, but it does not start: {error}") from None
+    return str(answer["version"] or "version unknown")

@@ -1,0 +1,1 @@
+"""A backend in a process of its own: frames, the worker on the far side, the session on this one."""

@@ -1,0 +1,106 @@
+"""Which CPUs a cell runs on: ``0-3,6``, or a NUMA node with its memory; applied to the process itself.
+
+Needs only the standard library, and Python 3.9, because foreign interpreters run it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reference.errors import InputError
+
+_NODE_CPUS = "/sys/devices/system/node/node{}/cpulist"
+_MOST_CPUS = 1 << 16
+
+
+class BadPlacement(InputError):
+    """CPUs that cannot be had; one line."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """CPUs by number (``None``: any), and the NUMA node whose memory goes with them, if that was asked for."""
+
+    cpus: tuple[int, ...] | None
+    node: int | None = None
+
+    def __str__(self) -> str:
+        return as_ranges(self.cpus or ()) if self.node is None else f"node:{self.node}"
+
+
+def parse(text: str) -> Placement:
+    """``0-3,6`` or ``node:0``. Raises :class:`BadPlacement`."""
+    node = re.fullmatch(r"node:(\d{1,4})", text)
+    if node:
+        try:
+            with open(_NODE_CPUS.format(node[1])) as file:
+                return Placement(_numbers(file.read().strip()), int(node[1]))
+        except OSError:
+            raise BadPlacement(f"--cpus {text}: this machine has no such NUMA node; give CPUs, such as 0-3") from None
+    return Placement(_numbers(text))
+
+
+def check(placement: Placement) -> None:
+    """Raise :class:`BadPlacement` for CPUs that this process may not use, or a system without a way to say it."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise BadPlacement("--cpus: this system cannot bind a process to CPUs; leave it out")
+    allowed = os.sched_getaffinity(0)
+    missing = [cpu for cpu in placement.cpus or () if cpu not in allowed]
+    if missing:
+        raise BadPlacement(
+            f"--cpus: CPU {as_ranges(missing)} is not to be had; usable are {as_ranges(sorted(allowed))}"
+        )
+
+
+def pin(cpus: Sequence[int] | None, node: int | None = None) -> str | None:
+    """Bind this process, and the threads it will start, to ``cpus``; what it is bound to, or ``None``.
+
+    Memory is bound to ``node`` where the kernel lets us; the answer says whether it did.
+    """
+    if cpus is None:
+        return None
+    os.sched_setaffinity(0, cpus)
+    bound = as_ranges(sorted(os.sched_getaffinity(0)))
+    if node is None:
+        return bound
+    return f"{bound}, memory of node {node}" if _bind_memory(node) else f"{bound}, memory not bound"
+
+
+def as_ranges(cpus: Sequence[int]) -> str:
+    """``[0, 1, 2, 6]`` -> ``0-2,6``."""
+    ranges: list[list[int]] = []
+    for cpu in cpus:
+        if ranges and ranges[-1][1] == cpu - 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last >= _MOST_CPUS:
+            raise BadPlacement(f"--cpus {text}: {part!r} is no CPU; give numbers and ranges such as 0-3,6, or node:0")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def _bind_memory(node: int) -> bool:
+    """set_mempolicy(MPOL_BIND), which glibc does not wrap."""
+    number = {"x86_64": 238, "aarch64": 237}.get(platform.machine())
+    if number is None or node > 63:
+        return False
+    mpol_bind = 2
+    mask = ctypes.c_ulong(1 << node)
+    with contextlib.suppress(OSError, AttributeError):
+        return int(ctypes.CDLL(None).syscall(number, mpol_bind, ctypes.byref(mask), ctypes.c_ulong(65))) == 0
+    return False

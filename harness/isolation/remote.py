@@ -1,0 +1,221 @@
+"""The near side of an isolated session: the contract of a backend, spoken over a channel.
+
+States stay on the far side; what the caller holds is a handle that frees its state when it is dropped.
+
+    RemoteError  the backend raised something that is not of the contract; ``traceback`` is the far side's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from backends.api import State, Tap, Unavailable, Unsupported
+from harness.isolation.child import Child, alone
+from harness.measure import MeasureError, Samples, Sampling
+from reference.errors import InputError
+
+
+class RemoteError(Exception):
+    """What the far side's backend raised, by name; ``traceback`` as it was there."""
+
+    def __init__(self, text: str, traceback: str) -> None:
+        super().__init__(text)
+        self.traceback = traceback
+
+
+class Handle:
+    """A state on the far side; ``free`` is told its number when nobody holds it any more."""
+
+    __slots__ = ("_free", "number")
+
+    def __init__(self, number: int, free: Callable[[int], None]) -> None:
+        self.number, self._free = number, free
+
+    def __del__(self) -> None:
+        self._free(self.number)
+
+
+class Line:
+    """Requests and answers over one child's channel."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        self._dropped: list[int] = []
+        with child.waiting("starting"):
+            child.channel.await_greeting()
+
+    def ask(
+        self,
+        do: str,
+        arrays: Sequence[np.ndarray] = (),
+        event: Callable[[Mapping[str, Any], list[np.ndarray]], None] | None = None,
+        **arguments: Any,
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """One request and its answer; ``event`` gets what comes in between."""
+        freed, self._dropped = self._dropped, []
+        with self.child.waiting(do.replace("_", " ")):
+            self.child.channel.send({"do": do, "free": freed, **arguments}, arrays)
+            while True:
+                header, found = self.child.channel.receive()
+                self.child.sign_of_life()
+                if "event" not in header:
+                    break
+                if event is not None:
+                    event(header, found)
+        if "error" in header:
+            _raise(header["error"])
+        return header["ok"], found
+
+    def open(self, tell: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
+        """Load a model; what the far side says of the session."""
+        answer, _ = self.ask("open", event=_progress(tell), **arguments)
+        return answer
+
+    def handle(self, number: int) -> Handle:
+        """What the caller holds for a state."""
+        return Handle(number, self._dropped_one)
+
+    def _dropped_one(self, number: int) -> None:
+        self._dropped.append(number)  # told with the next request: a destructor must not talk
+
+
+class RemoteSession:
+    """``forward`` of a session elsewhere; the optional capabilities are mixed in by :func:`remote_session`."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def forward(self, tokens: Sequence[int], state: State | None) -> tuple[np.ndarray, State]:
+        answer, arrays = self._line.ask("forward", tokens=_ids(tokens), state=_number(state))
+        return _array(answer, arrays), self._line.handle(answer["state"])
+
+
+class _Scoring(RemoteSession):
+    def logits(self, tokens: Sequence[int], state: State | None) -> np.ndarray:
+        answer, arrays = self._line.ask("logits", tokens=_ids(tokens), state=_number(state))
+        return _array(answer, arrays)
+
+
+class _Traceable(RemoteSession):
+    def trace(self, tokens: Sequence[int], state: State | None, tap: Tap) -> tuple[np.ndarray, State]:
+        def event(header: Mapping[str, Any], arrays: list[np.ndarray]) -> None:
+            if header["event"] == "tap":
+                tap(header["name"], arrays[0])
+
+        answer, arrays = self._line.ask("trace", event=event, tokens=_ids(tokens), state=_number(state))
+        return _array(answer, arrays), self._line.handle(answer["state"])
+
+
+class _StateAccess(RemoteSession):
+    def export_state(self, state: State) -> np.ndarray:
+        answer, arrays = self._line.ask("export_state", state=_number(state))
+        return _array(answer, arrays)
+
+    def import_state(self, canonical: np.ndarray) -> State:
+        answer, _ = self._line.ask("import_state", [canonical])
+        return self._line.handle(answer["state"])
+
+
+class _Generating(RemoteSession):
+    def greedy(self, token: int, state: State, n: int) -> tuple[np.ndarray, State]:
+        answer, arrays = self._line.ask("greedy", token=int(token), state=_number(state), n=int(n))
+        return _array(answer, arrays), self._line.handle(answer["state"])
+
+
+_MIXINS: dict[str, type[RemoteSession]] = {
+    "scoring": _Scoring,
+    "trace": _Traceable,
+    "state": _StateAccess,
+    "greedy": _Generating,
+}
+
+
+def remote_session(line: Line, capabilities: Sequence[str]) -> RemoteSession:
+    """A session with exactly the methods that the far side's has."""
+    bases = tuple(_MIXINS[name] for name in capabilities) or (RemoteSession,)
+    made: RemoteSession = type("RemoteSession", bases, {})(line)
+    return made
+
+
+class RemoteMeter:
+    """Measuring on the far side: its clock, its memory; what comes back are samples."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def first_call(self, prompt: Sequence[int]) -> Samples:
+        return self._samples("first_call", None, prompt=_ids(prompt))
+
+    def prefill(self, prompt: Sequence[int], sampling: Sampling, tell: Callable[[str], None]) -> Samples:
+        return self._samples("prefill", tell, prompt=_ids(prompt), sampling=asdict(sampling))
+
+    def decode(
+        self,
+        prompt: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        tell: Callable[[str], None],
+        driver: str | None = None,
+    ) -> Samples:
+        return self._samples("decode", tell, prompt=_ids(prompt), n=n, sampling=asdict(sampling), driver=driver)
+
+    def peak_bytes(self) -> int | None:
+        answer, _ = self._line.ask("peak")
+        growth: int | None = answer["growth"]
+        return growth
+
+    def forget(self) -> None:
+        self._line.ask("forget")
+
+    def close(self) -> None:
+        """Nothing is watched here."""
+
+    def _samples(self, do: str, tell: Callable[[str], None] | None, **arguments: Any) -> Samples:
+        with alone(self._line.child):
+            answer, arrays = self._line.ask(do, event=_progress(tell), **arguments)
+        return replace(Samples.from_dict(answer["samples"]), last_logits=arrays[0] if arrays else None)
+
+
+def _progress(
+    tell: Callable[[str], None] | None,
+) -> Callable[[Mapping[str, Any], list[np.ndarray]], None]:
+    def event(header: Mapping[str, Any], arrays: list[np.ndarray]) -> None:
+        if tell is not None and header["event"] == "progress":
+            tell(header["text"])
+
+    return event
+
+
+def _raise(error: Mapping[str, str]) -> None:
+    kind, text = error["kind"], error["text"]
+    if kind == "Unavailable":
+        raise Unavailable(text, error["how"])
+    for known in (Unsupported, MeasureError, InputError):
+        if kind == known.__name__:
+            raise known(text)
+    raise RemoteError(f"{kind}: {text}", error["traceback"])
+
+
+def _array(answer: Mapping[str, Any], arrays: list[np.ndarray]) -> np.ndarray:
+    """What the backend returned; for what is no array, something that is called like it, for the checks to refuse."""
+    if arrays:
+        return arrays[0]
+    name = f"an array of {answer['dtype']}" if answer["dtype"] else answer["type"]
+    stand_in: np.ndarray = type(name, (), {})()
+    return stand_in
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+    return [int(token) for token in tokens]
+
+
+def _number(state: State | None) -> int | None:
+    if state is None:
+        return None
+    if not isinstance(state, Handle):
+        raise MeasureError(f"a state of another kind, {type(state).__name__}, was given to an isolated session")
+    return state.number

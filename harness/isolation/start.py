@@ -1,0 +1,74 @@
+"""Start the worker of a backend: which interpreter, which environment variables, which model file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from harness.isolation.archive import BOOT, code_archive
+from harness.isolation.child import Child
+from harness.isolation.environments import Environment, find
+from harness.isolation.remote import Line
+from harness.isolation.requirements import Requirements, declared
+from reference.cache import cache_folder
+from reference.checkpoint import save_checkpoint
+from reference.weights import Weights
+
+#: Variables by which thread pools that are built at import are told their size.
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+#: Nothing is fetched while a backend runs.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def requirements(backend: ModuleType) -> Requirements | None:
+    """The environment that a backend's file declares; ``None`` if it runs in ours."""
+    file = getattr(backend, "__file__", None)
+    return None if file is None else declared(Path(file))
+
+
+def environment(name: str, backend: ModuleType) -> Environment | None:
+    """The built environment of a backend, ``None`` if it runs in ours; raises Unavailable if it is not built."""
+    wanted = requirements(backend)
+    return None if wanted is None else find(name, wanted)
+
+
+def start(name: str, backend: ModuleType, threads: int | None = None, timeout: float | None = None) -> Line:
+    """A worker for a backend, in its environment, with nothing loaded. Raises Unavailable, ChildDied, ChildTimedOut."""
+    found = environment(name, backend)
+    python = sys.executable if found is None else os.fspath(found.python)
+    child = Child([python, "-I", "-c", BOOT, os.fspath(code_archive())], variables(threads), timeout)
+    try:
+        return Line(child)
+    except BaseException:
+        child.kill()
+        raise
+
+
+def variables(threads: int | None) -> dict[str, str]:
+    """Environment variables of a worker."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    pools = {} if threads is None else dict.fromkeys(_THREADS, str(threads))
+    ours = {"RWKV_BENCH_CACHE": os.fspath(cache_folder().absolute()), "RWKV_BENCH_ISOLATED": "1"}
+    return {**kept, **_OFFLINE, **pools, **ours}
+
+
+def model_at(weights: Weights, seed: int | None, name: str, folder: Path) -> Mapping[str, Any]:
+    """How a worker gets the weights: made there, opened from the same file, or from a copy in ``folder``."""
+    if seed is not None and weights.synthetic and weights.key:
+        return {"preset": name, "seed": seed, "key": weights.key}
+    if weights.key and os.path.exists(weights.source):
+        return {"path": os.path.abspath(weights.source), "key": weights.key}
+    path = folder / "model.safetensors"
+    save_checkpoint(weights, path, "safetensors")
+    return {"path": os.fspath(path), "key": weights.key}

@@ -1,0 +1,287 @@
+"""The far side of an isolated session: holds the backend and its states, answers one request at a time.
+
+Started as ``python -I -c BOOT ARCHIVE READ WRITE``: the code comes from the archive, requests and answers
+go over two descriptors nobody else knows. Whatever the backend prints goes to stdout and stderr, which the
+near side only drains.
+
+    request   {"do": name, "free": [state ids], ...} and arrays
+    answer    {"ok": {...}} and arrays, or {"error": {"kind", "text", "how", "traceback"}}
+    between   {"event": "tap" | "progress", ...}: does not end the request
+
+Needs only the standard library and numpy, and Python 3.9, because foreign interpreters run it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import os
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import backends
+import harness
+import reference
+from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, Unavailable, Unsupported
+from harness.isolation.frames import Channel, ChannelClosed, sendable
+from harness.isolation.placement import pin
+from harness.measure import (
+    MeasureError,
+    measure_decode,
+    measure_first_call,
+    measure_prefill,
+    timed_load,
+)
+from harness.memory import MemorySpan
+from harness.samples import Samples, Sampling
+from reference.checkpoint import load_checkpoint
+from reference.errors import InputError
+from reference.synthetic import synthetic
+from reference.weights import Weights
+
+Answer = tuple  # (mapping, arrays)
+
+#: Capability protocols by name: what the near side's session will offer.
+CAPABILITIES: dict[str, Any] = {
+    "scoring": Scoring,
+    "trace": Traceable,
+    "state": StateAccess,
+    "greedy": Generating,
+}
+
+
+def main(archive: str, read_file: int, write_file: int) -> None:
+    """Serve until the channel closes or ``close`` is asked."""
+    _die_with_the_parent()
+    _check_code(archive)
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is told in the row, not left in the user's folder
+    for file in {read_file, write_file}:
+        os.set_inheritable(file, False)
+    channel = Channel(read_file, write_file)
+    channel.greet()
+    worker = Worker(channel)
+    with contextlib.suppress(ChannelClosed):
+        while worker.serving:
+            worker.serve_one()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a library's exit handlers have nothing left to do that matters, and some hang
+
+
+class Worker:
+    """One session and its states, by number."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.serving = True
+        self._channel = channel
+        self._session: Any = None
+        self._span: MemorySpan | None = None
+        self._states: dict[int, Any] = {}
+        self._count = 0
+
+    def serve_one(self) -> None:
+        """Receive a request, answer it."""
+        request, arrays = self._channel.receive()
+        for number in request.pop("free", ()):
+            self._states.pop(number, None)
+        handler: Callable[..., Answer] = getattr(self, f"do_{request.pop('do')}")
+        try:
+            answer, out = handler(*arrays, **request)
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises is an answer
+            self._channel.send({"error": _described(error)})
+            return
+        self._channel.send({"ok": answer}, out)
+
+    def do_hello(self) -> Answer:
+        """Who and where this is."""
+        return {"python": platform.python_version(), "pid": os.getpid(), "machine": platform.machine()}, ()
+
+    def do_open(
+        self,
+        backend: Mapping[str, str],
+        model: Mapping[str, Any],
+        scheme: str,
+        device: str,
+        threads: int | None,
+        cpus: Sequence[int] | None,
+        node: int | None,
+    ) -> Answer:
+        """Load a model into a backend; times and memory are taken here."""
+        placed = pin(cpus, node)
+        module = _backend(backend)
+        optional(module, "check")
+        weights = _weights(model)
+        self.tell("preparing the model file")
+        optional(module, "prepare", weights, scheme, device)
+        self.tell("loading")
+        self._span = MemorySpan()
+        self._session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
+        version = optional(module, "version")
+        return {
+            "version": None if version is None else str(version),
+            "capabilities": [name for name, kind in CAPABILITIES.items() if isinstance(self._session, kind)],
+            "load_ns": load_ns,
+            "cpus": placed,
+        }, ()
+
+    def do_check(self, backend: Mapping[str, str]) -> Answer:
+        """Whether the backend can run here; raises what its ``check`` raises."""
+        module = _backend(backend)
+        optional(module, "check")
+        version = optional(module, "version")
+        return {"version": None if version is None else str(version)}, ()
+
+    def do_forward(self, tokens: Sequence[int], state: int | None) -> Answer:
+        logits, after = self._session.forward(tokens, self._state(state))
+        return self._answer(logits, self._keep(after))
+
+    def do_logits(self, tokens: Sequence[int], state: int | None) -> Answer:
+        return self._answer(self._session.logits(tokens, self._state(state)))
+
+    def do_trace(self, tokens: Sequence[int], state: int | None) -> Answer:
+        logits, after = self._session.trace(tokens, self._state(state), self._tap)
+        return self._answer(logits, self._keep(after))
+
+    def do_export_state(self, state: int | None) -> Answer:
+        return self._answer(self._session.export_state(self._state(state)))
+
+    def do_import_state(self, canonical: np.ndarray) -> Answer:
+        return {"state": self._keep(self._session.import_state(canonical))}, ()
+
+    def do_greedy(self, token: int, state: int | None, n: int) -> Answer:
+        ids, after = self._session.greedy(token, self._state(state), n)
+        return self._answer(ids, self._keep(after))
+
+    def do_first_call(self, prompt: Sequence[int]) -> Answer:
+        return self._measured(measure_first_call(self._session, prompt))
+
+    def do_prefill(self, prompt: Sequence[int], sampling: Mapping[str, Any]) -> Answer:
+        return self._measured(measure_prefill(self._session, prompt, Sampling(**sampling), tell=self.tell))
+
+    def do_decode(self, prompt: Sequence[int], n: int, sampling: Mapping[str, Any], driver: str | None) -> Answer:
+        found = measure_decode(self._session, prompt, n, Sampling(**sampling), driver=driver, tell=self.tell)
+        return self._measured(found)
+
+    def do_peak(self) -> Answer:
+        """Growth of resident memory since load, in bytes."""
+        return {"growth": None if self._span is None else self._span.peak().growth_bytes}, ()
+
+    def do_forget(self) -> Answer:
+        """Leave the peak so far out of account."""
+        if self._span is not None:
+            self._span.forget()
+        return {}, ()
+
+    def do_close(self) -> Answer:
+        """Free what the backend holds; the last request."""
+        self.serving = False
+        self._states.clear()
+        if isinstance(self._session, Closing):
+            self._session.close()
+        return {}, ()
+
+    def tell(self, text: str) -> None:
+        """Say what is being done: a sign of life for the near side's time limit."""
+        self._channel.send({"event": "progress", "text": text})
+
+    def _tap(self, name: str, array: np.ndarray) -> None:
+        self._channel.send({"event": "tap", "name": name}, [np.asarray(array)])
+
+    def _state(self, number: int | None) -> Any:
+        return None if number is None else self._states[number]
+
+    def _keep(self, state: Any) -> int:
+        self._count += 1
+        self._states[self._count] = state
+        return self._count
+
+    @staticmethod
+    def _answer(value: Any, state: int | None = None) -> Answer:
+        """An array as it is; anything else by the name of its type, for the near side to judge."""
+        told = {"state": state}
+        if sendable(value):
+            return told, (value,)
+        what = str(value.dtype) if isinstance(value, np.ndarray) else None
+        return {**told, "type": type(value).__name__, "dtype": what}, ()
+
+    @staticmethod
+    def _measured(samples: Samples) -> Answer:
+        """Samples as plain JSON, the logits of the last call as an array."""
+        logits = samples.last_logits
+        return {"samples": samples.to_dict()}, (() if logits is None else (logits,))
+
+
+def optional(module: ModuleType, name: str, *arguments: Any) -> Any:
+    """What an optional function of a backend module returns; ``None`` where there is none."""
+    function = getattr(module, name, None)
+    return None if function is None else function(*arguments)
+
+
+def _backend(named: Mapping[str, str]) -> ModuleType:
+    """``{"module": dotted name, or that and :object}`` or ``{"file": path}``."""
+    if "module" in named:
+        dotted, _, inside = named["module"].partition(":")
+        found: Any = importlib.import_module(dotted)
+        for name in filter(None, inside.split(".")):
+            found = getattr(found, name)
+        return found  # type: ignore[no-any-return]
+    path = named["file"]
+    spec = importlib.util.spec_from_file_location(f"rwkv_bench_backend_{os.path.basename(path)[:-3]}", path)
+    if spec is None or spec.loader is None:
+        raise Unavailable(f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _weights(model: Mapping[str, Any]) -> Weights:
+    """``{"preset", "seed"}`` or ``{"path"}``, and ``key``, the content's hash."""
+    found = synthetic(model["preset"], model["seed"]) if "preset" in model else _opened(model["path"])
+    return replace(found, key=model["key"])
+
+
+def _opened(path: str) -> Weights:
+    return load_checkpoint(path, scan=False)  # the near side has looked for NaN
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    kinds = (Unavailable, Unsupported, MeasureError, InputError)
+    kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), type(error).__name__)
+    text = error.reason if isinstance(error, Unavailable) else str(error)
+    how = error.how_to_get_it if isinstance(error, Unavailable) else ""
+    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return {"kind": kind, "text": text, "how": how, "traceback": lines}
+
+
+def _check_code(archive: str) -> None:
+    """Refuse to run other code than the near side's own: results would be compared with what was not asked."""
+    for package in (harness, reference, backends):
+        found = os.path.realpath(str(package.__file__))
+        if not found.startswith(os.path.realpath(archive) + os.sep):
+            sys.exit(f"{package.__name__} comes from {found}, not from {archive}; the environment holds a copy of it")
+
+
+def _die_with_the_parent() -> None:
+    """Linux: be killed when the process that started this one is gone, however busy this one is."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,73 @@
+"""Measuring a session where it runs: in this process, or on the far side of a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from backends.api import Session
+from harness.isolation.child import alone
+from harness.measure import Samples, Sampling, measure_decode, measure_first_call, measure_prefill
+from harness.memory import MemorySpan
+
+#: Called between samples with what has been taken so far.
+Tell = Callable[[str], None]
+
+
+class Meter(Protocol):
+    """What can be measured of one loaded session; see :mod:`harness.measure`."""
+
+    def first_call(self, prompt: Sequence[int]) -> Samples:
+        """The very first ``forward``, over the prompt."""
+
+    def prefill(self, prompt: Sequence[int], sampling: Sampling, tell: Tell) -> Samples:
+        """The prompt in one call."""
+
+    def decode(
+        self, prompt: Sequence[int], n: int, sampling: Sampling, tell: Tell, driver: str | None = None
+    ) -> Samples:
+        """``n`` greedy steps after the prompt."""
+
+    def peak_bytes(self) -> int | None:
+        """Growth of resident memory since before load, or since :meth:`forget`."""
+
+    def forget(self) -> None:
+        """Leave the peak so far out of account."""
+
+    def close(self) -> None:
+        """Stop watching memory."""
+
+
+class HereMeter:
+    """Of a session in this process; opened before load, so that load's memory counts."""
+
+    def __init__(self) -> None:
+        self._span = MemorySpan()
+        self.session: Session | None = None
+
+    def first_call(self, prompt: Sequence[int]) -> Samples:
+        with alone(None):
+            return measure_first_call(self._loaded(), prompt)
+
+    def prefill(self, prompt: Sequence[int], sampling: Sampling, tell: Tell) -> Samples:
+        with alone(None):
+            return measure_prefill(self._loaded(), prompt, sampling, tell=tell)
+
+    def decode(
+        self, prompt: Sequence[int], n: int, sampling: Sampling, tell: Tell, driver: str | None = None
+    ) -> Samples:
+        with alone(None):
+            return measure_decode(self._loaded(), prompt, n, sampling, driver=driver, tell=tell)
+
+    def peak_bytes(self) -> int | None:
+        return self._span.peak().growth_bytes
+
+    def forget(self) -> None:
+        self._span.forget()
+
+    def close(self) -> None:
+        self._span.close()
+
+    def _loaded(self) -> Session:
+        assert self.session is not None
+        return self.session
