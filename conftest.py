@@ -2,12 +2,14 @@
 
 ``pytest suites/parity --backend torch --quant fp16 --model 169m`` judges exactly those cells; without
 options every backend and scheme that is usable here, on the embedded model. What was asked for by name
-and is not to be had fails; what ``all`` leaves out is skipped with its reason.
+and is not to be had fails; what ``all`` leaves out is skipped with its reason. A backend with an
+environment of its own runs there; ``--isolate`` gives every cell a process of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import pytest
@@ -16,11 +18,13 @@ from threadpoolctl import threadpool_limits
 from backends.api import Unavailable, Unsupported
 from harness.measure import Workload
 from harness.models import Model, gate_tokens, open_model
-from harness.plan import ALL, Cell, Request, plan
+from harness.plan import ALL, Cell, Plan, Request, plan
 from harness.run import GATE_TOKENS
 from harness.session import Opened, open_session
-from harness.tolerance import Truth, derive
+from harness.tolerance import Truth
+from harness.without_codec import truth_for
 from reference.errors import InputError
+from reference.weights import Weights
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quant", default=ALL, help="schemes, or classes such as int4")
     group.addoption("--device", default=ALL, help="cpu, cuda, mps")
     group.addoption("--model", default="tiny", help="tiny, a preset or a checkpoint path")
+    group.addoption("--isolate", action="store_true", default=None, help="run each cell in a process of its own")
+    group.addoption("--in-process", dest="isolate", action="store_false", help="run every cell in this process")
     group.addoption("--threads", type=_threads, default=None, help="CPU threads (default: 1, to time: all)")
 
 
@@ -40,12 +46,19 @@ def _threads(text: str) -> int:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
-        cells = _cells(metafunc.config, getattr(metafunc.module, "DEFAULT_THREADS", 1))
-        ids = [f"{cell.backend}-{cell.scheme}-{cell.hardware.device}" for cell in cells]
-        metafunc.parametrize("cell", cells, ids=ids, scope="module")
+        planned = _planned(metafunc.config, getattr(metafunc.module, "DEFAULT_THREADS", 1))
+        cells = [
+            pytest.param(cell, id=f"{cell.backend}-{cell.scheme}-{cell.hardware.device}") for cell in planned.cells
+        ]
+        cells += [
+            pytest.param(None, id=f"{refusal.backend}-{refusal.scheme}", marks=pytest.mark.skip(refusal.reason))
+            for refusal in planned.refused
+            if refusal.verdict == "UNAVAILABLE"
+        ]
+        metafunc.parametrize("cell", cells, scope="module")
 
 
-def _cells(config: pytest.Config, default_threads: int | None) -> tuple[Cell, ...]:
+def _planned(config: pytest.Config, default_threads: int | None) -> Plan:
     """Cells of the options; a wrong name is a usage error of pytest, not a failing test."""
     names = {name: tuple(config.getoption(f"--{name}").split(",")) for name in ("backend", "quant", "device")}
     request = Request(
@@ -55,6 +68,7 @@ def _cells(config: pytest.Config, default_threads: int | None) -> tuple[Cell, ..
         devices=names["device"],
         threads=config.getoption("--threads") or default_threads,
         workload=Workload(256, 32),
+        isolate=config.getoption("--isolate"),
     )
     try:
         planned = plan(request)
@@ -64,7 +78,7 @@ def _cells(config: pytest.Config, default_threads: int | None) -> tuple[Cell, ..
     refused = [refusal.reason for refusal in planned.refused if refusal.by_name]
     if refused:
         raise pytest.UsageError("; ".join(refused))
-    return planned.cells
+    return planned
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,11 +99,26 @@ def model(pytestconfig: pytest.Config) -> Model:
     return _model(pytestconfig.getoption("--model"))
 
 
+#: Opens another session of a cell: its weights, and its threads where they are not the cell's.
+Reopen = Callable[..., AbstractContextManager[Opened]]
+
+
 @pytest.fixture(scope="module")
-def opened(cell: Cell, model: Model, pytestconfig: pytest.Config) -> Iterator[Opened]:
+def reopen(cell: Cell, pytestconfig: pytest.Config) -> Reopen:
+    """``reopen(weights, threads=None)``: a session like the cell's, in a process of its own if that is in one."""
+
+    def run(weights: Model | Weights, threads: int | None = None) -> AbstractContextManager[Opened]:
+        where, isolate = cell.hardware.device, pytestconfig.getoption("--isolate")
+        return open_session(cell.backend, weights, cell.scheme, where, threads or cell.threads, isolate)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def opened(cell: Cell, model: Model, reopen: Reopen, pytestconfig: pytest.Config) -> Iterator[Opened]:
     """A loaded session of the cell."""
     try:
-        with open_session(cell.backend, model, cell.scheme, cell.hardware.device, cell.threads) as session:
+        with reopen(model) as session:
             yield session
     except (Unavailable, Unsupported) as error:
         if any(pytestconfig.getoption(f"--{name}") != ALL for name in ("backend", "quant", "device")):
@@ -100,4 +129,5 @@ def opened(cell: Cell, model: Model, pytestconfig: pytest.Config) -> Iterator[Op
 @pytest.fixture(scope="module")
 def truth(cell: Cell, model: Model, opened: Opened) -> Truth:
     """What the cell's session is compared with, over the gate's prompt."""
-    return derive(model.weights, cell.scheme, opened.arithmetic, gate_tokens(model, GATE_TOKENS), model.sha256)
+    tokens = gate_tokens(model, GATE_TOKENS)
+    return truth_for(opened.session, model.weights, cell.scheme, opened.arithmetic, tokens, model.sha256)

@@ -19,6 +19,7 @@ from harness.session import Opened, needs_isolation
 from harness.stats import derived
 from harness.timed_check import AGAINST_ITSELF
 from harness.tolerance import Truth
+from harness.without_codec import Quality
 from reference.config import Config
 from reference.errors import ConfigError
 from reference.schemes import SCHEMES, stored_bytes
@@ -117,6 +118,29 @@ def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
             )
         )
     return rows
+
+
+def itself_rows(base: Row, found: Gate) -> list[Row]:
+    """The verdict of a session whose scheme has no codec here: it was held against itself only."""
+    row = replace(base, metric="parity", unit="")
+    if found.first_bad is not None:
+        bad = found.first_bad
+        first_bad = {"check": bad.name, "where": bad.where, "problem": bad.problem}
+        return [replace(row, verdict="FAIL", reason=f"against its own single steps, {bad}", first_bad=first_bad)]
+    reason = (
+        f"no codec for {base.scheme} here, so no kernel parity; against its own single steps, {worst(found.logits)}"
+    )
+    return [replace(row, verdict="UNSUPPORTED", reason=reason)]
+
+
+def quality_rows(base: Row, found: Quality) -> list[Row]:
+    """Distance from the fp32 weights, scheme and kernel together."""
+    reason = f"against the fp32 weights over {found.positions} positions"
+    metrics = ("kl_divergence", "top1_agreement", "top5_agreement")
+    return [
+        replace(base, metric=metric, unit="", value=getattr(found, metric), verdict="PASS", reason=reason)
+        for metric in metrics
+    ]
 
 
 def timed_row(base: Row, metric: str, ns: Sequence[int], found: Gate, peak: int | None) -> Row:

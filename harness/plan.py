@@ -128,12 +128,12 @@ def plan(request: Request) -> Plan:
                 why = f"{backend} does not run on {_devices(places)}; it runs on {', '.join(info.devices)}"
                 refused.append(Refused("UNSUPPORTED", why, backend, ALL, model, where, placed))
             threads = request.threads or default_threads(count_parameters(configs[model]))
-            misfits = {scheme: why for scheme in schemes if (why := _misfit(configs[model], scheme)) and usable}
-            fitting = [scheme for scheme in schemes if scheme not in misfits]
+            misfits = {s: misfit for s in schemes if usable and (misfit := _misfit(configs[model], s))}
+            fitting = [s for s in schemes if s not in misfits]
             cells += [Cell(model, backend, s, place, threads, request.workload) for place in usable for s in fitting]
             refused += [
-                Refused("UNSUPPORTED", why, backend, scheme, model, where, named and scheme in request.schemes)
-                for scheme, why in misfits.items()
+                Refused("UNSUPPORTED", misfit, backend, s, model, where, named and s in request.schemes)
+                for s, misfit in misfits.items()
             ]
     if not cells:
         # What `all` leaves out is no failure, unless nothing at all is left of what was asked.

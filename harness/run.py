@@ -23,8 +23,10 @@ from harness.cell_rows import (
     Job,
     arithmetic_text,
     base_row,
+    itself_rows,
     no_speed_row,
     parity_rows,
+    quality_rows,
     refused_row,
     reproduce,
     sampled_row,
@@ -41,8 +43,9 @@ from harness.rows import Row, RowError
 from harness.session import Apart, Opened, open_session
 from harness.store import StoreError
 from harness.timed_check import decode_checks, following, long_check, prefill_checks, returned_check
-from harness.tolerance import Truth, beyond_gate, derive
+from harness.tolerance import Truth, beyond_gate
 from harness.trace_point import first_bad_point
+from harness.without_codec import NotComparable, has_codec, quality, truth_for
 from reference.errors import InputError
 from reference.schemes import apply
 
@@ -103,7 +106,8 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
         raise  # ours, not the backend's
     except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
         verdict, reason = _verdict(error, cell, job)
-        emit(replace(base, metric=work.metric, unit="", verdict=verdict, reason=reason))
+        metric = "parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else work.metric
+        emit(replace(base, metric=metric, unit="", verdict=verdict, reason=reason))
     finally:
         gc.collect()
 
@@ -119,7 +123,7 @@ def _verdict(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
         return "UNAVAILABLE", str(error)
     if isinstance(error, (Unsupported, InputError)):
         return "UNSUPPORTED", str(error)
-    if isinstance(error, MeasureError):
+    if isinstance(error, (MeasureError, NotComparable)):
         return "FAIL", str(error)
     if isinstance(error, ChildTimedOut):
         return "TIMEOUT", str(error)
@@ -160,14 +164,20 @@ class _Work:
             first = opened.meter.first_call(timed)
         load_peak = opened.meter.peak_bytes()
         self._begin("parity", "deriving the bound")
-        truth = derive(model.weights, cell.scheme, opened.arithmetic, prompt[:GATE_TOKENS], model.sha256)
+        known = has_codec(cell.scheme)
+        judged, arithmetic = prompt[:GATE_TOKENS], opened.arithmetic
+        truth = truth_for(session, model.weights, cell.scheme, arithmetic, judged, model.sha256)
         self.tell("parity")
         found = _judge(cell, model, session, truth, timed, first)
-        rows = parity_rows(base, found, truth)
+        rows = parity_rows(base, found, truth) if known else itself_rows(base, found)
         if not found.passed:
             rows[0] = _explained(rows[0], cell, model, job, opened, truth, found)
         for row in rows:
             self.emit(row)
+        if not known and found.passed:
+            self.tell("quality")
+            for row in quality_rows(base, quality(session, model.weights, timed, model.sha256)):
+                self.emit(row)
         opened.meter.forget()  # what the reference needed is not the backend's
         if job.sampling is None or first is None:
             return
@@ -215,7 +225,8 @@ def _judge(
     found = gate(session, truth)
     checks = list(found.logits)
     if found.passed:
-        beyond = beyond_gate(model.weights, cell.scheme, timed, following(timed), model.sha256)
+        known = has_codec(cell.scheme)
+        beyond = beyond_gate(model.weights, cell.scheme, timed, following(timed), model.sha256) if known else None
         checks.append(long_check(session, timed, truth, beyond))
         if first is not None:
             checks.append(returned_check("first call", session, truth, first))
@@ -224,7 +235,9 @@ def _judge(
 
 def _explained(row: Row, cell: Cell, model: Model, job: Job, opened: Opened, truth: Truth, found: Gate) -> Row:
     """A failing parity row with the trace point where it begins, if the backend shows any, and its bundle."""
-    point = first_bad_point(opened.session, apply(model.weights, cell.scheme), opened.arithmetic, truth.tokens)
+    known = has_codec(cell.scheme)
+    stored = apply(model.weights, cell.scheme) if known else None
+    point = None if stored is None else first_bad_point(opened.session, stored, opened.arithmetic, truth.tokens)
     where = f"; {point}" if point else ""
     first_bad = {**(row.first_bad or {}), "point": point.name if point else None}
     bundle = _bundle(cell, job, opened, truth, found)

@@ -96,6 +96,9 @@ def summary(rows: Sequence[Row]) -> str:
     """One cell in one line: ``PASS, prefill 9100 tok/s, decode 610 tok/s``."""
     by_metric = {row.metric: row for row in rows}
     verdict = _verdict(rows)
+    divergence = by_metric.get("kl_divergence")
+    if verdict == "UNSUPPORTED" and divergence is not None and divergence.value is not None:
+        verdict = f"no codec, KL {_small(divergence.value)}"
     why = next((row.reason for row in rows if row.verdict == verdict and row.reason), None)
     if verdict != "PASS" and why:
         return f"{verdict}: {why}"
@@ -157,6 +160,10 @@ def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
     ended = verdict in _ENDED and bool(gate)  # it was judged before it died: that verdict stands
     shown = _verdict(gate) if ended else verdict
     judged = (shown, _error(next((row for row in group if row.verdict == shown and row.error is not None), None)))
+    divergence = by_metric.get("kl_divergence")
+    if verdict == "UNSUPPORTED" and divergence is not None:
+        judged = ("no codec", f"KL {_small(divergence.value)}" if divergence.value is not None else "")
+        verdict = "PASS"  # of what could be judged
     if not timed:
         return judged
     if verdict in _NOT_RUN:

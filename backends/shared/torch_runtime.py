@@ -29,7 +29,7 @@ def check_threads(threads: int | None, runtime: str) -> None:
 
 
 def check_device(device: str, runtime: str) -> None:
-    """Raise Unsupported for a device that is not ``cpu``, ``cuda`` or ``cuda:<index>``, Unavailable for one not here."""
+    """Raise Unsupported for a device other than ``cpu``, ``cuda``, ``cuda:<index>``, Unavailable for one not here."""
     import torch
 
     kind, colon, index = device.partition(":")

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from harness.isolation.frames import Channel, ChannelClosed, FrameError
 
@@ -53,37 +53,33 @@ class ChildTimedOut(Exception):
 class Child:
     """One child process in a process group, and a private temporary folder, of its own.
 
-    command  arguments; the numbers of its two channel descriptors are appended
-    timeout  seconds without a frame while it is waited for
+    command     arguments; the numbers of its two channel descriptors are appended, unless those are its
+                standard input and output (``over_stdio``, as ssh has them)
+    timeout     seconds without a frame while it is waited for
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        timeout: float | None = None,
+        over_stdio: bool = False,
+    ) -> None:
         self.timeout = TIMEOUT_SECONDS if timeout is None else timeout
         self.doing = "starting"
         self._sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-        near, far = socket.socketpair()
         try:
-            self.process = subprocess.Popen(
-                [*command, str(far.fileno()), str(far.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=(far.fileno(),),
-                start_new_session=True,
-                env={**environment, "TMPDIR": str(self.folder)},
-            )
+            self.process, self._near = _started(command, {**environment, "TMPDIR": str(self.folder)}, over_stdio)
         except BaseException:
-            near.close()
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        finally:
-            far.close()
-        near.setblocking(False)
-        self._near = near
-        self._out, self._err = _Tail(self.process.stdout), _Tail(self.process.stderr)
+        for file in self._near:
+            os.set_blocking(file.fileno(), False)
+        self._out = None if over_stdio else _Tail(self.process.stdout)
+        self._err = _Tail(self.process.stderr)
         self._deadline = 0.0
-        self.channel = Channel(near.fileno(), near.fileno(), self._wait)
+        self.channel = Channel(self._near[0].fileno(), self._near[1].fileno(), self._wait)
         _alive.add(self)
 
     @contextmanager
@@ -122,14 +118,16 @@ class Child:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self._near.close()
-        self._out.finish()
-        self._err.finish()
+        for file in self._near:
+            file.close()
+        for tail in (self._out, self._err):
+            if tail is not None:
+                tail.finish()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def last_words(self) -> str:
         """The last lines it wrote to stderr, else to stdout, for a message; empty if there are none."""
-        lines = self._err.lines() or self._out.lines()
+        lines = self._err.lines() or (self._out.lines() if self._out else [])
         return f"; last words: {' | '.join(lines[-_LAST_LINES:])}" if lines else ""
 
     def _how_it_ended(self, broken: str) -> str:
@@ -202,6 +200,40 @@ def alone(child: Child | None) -> Iterator[None]:
         for other in others:
             with suppress(ProcessLookupError):
                 os.killpg(other.process.pid, signal.SIGCONT)
+
+
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], over_stdio: bool
+) -> tuple[subprocess.Popen[bytes], tuple[Any, Any]]:
+    """The process, and what its channel is read from and written to."""
+    if over_stdio:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=environment,
+            bufsize=0,
+        )
+        return process, (process.stdout, process.stdin)
+    near, far = socket.socketpair()
+    try:
+        process = subprocess.Popen(
+            [*command, str(far.fileno()), str(far.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(far.fileno(),),
+            start_new_session=True,
+            env=environment,
+        )
+    except BaseException:
+        near.close()
+        raise
+    finally:
+        far.close()
+    return process, (near, near)
 
 
 class _Silent(Exception):

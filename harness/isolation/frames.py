@@ -77,6 +77,10 @@ class Channel:
             if array.size:
                 self._write(_bytes_of(array))
 
+    def send_bytes(self, data: bytes) -> None:
+        """Send what is no frame: the code, before there is anybody to read frames."""
+        self._write(memoryview(data))
+
     def receive(self) -> tuple[dict[str, Any], list[np.ndarray]]:
         """The next frame: its header and its arrays, which are new and writable."""
         start = self._read(8).tobytes()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.measure import Samples, Sampling, measure_decode, measure_prefill
+from harness.measure import Samples, Sampling
 from harness.models import Model, gate_tokens
 from harness.parity import gate
 from harness.plan import Cell
@@ -64,14 +64,14 @@ def proven(cell: Cell, opened: Opened, truth: Truth) -> Opened:
 def test_prefill(benchmark: BenchmarkFixture, cell: Cell, proven: Opened, model: Model) -> None:
     """One ``forward`` over the whole prompt from the initial state."""
     prompt = gate_tokens(model, cell.workload.prompt_tokens)
-    record(benchmark, cell, measure_prefill(proven.session, prompt, SAMPLING))
+    record(benchmark, cell, proven.meter.prefill(prompt, SAMPLING, _silent))
 
 
 @pytest.mark.benchmark(group="decode", timer=REPLAY)
 def test_decode(benchmark: BenchmarkFixture, cell: Cell, proven: Opened, model: Model) -> None:
     """Greedy single-token steps after the prompt."""
     prompt = gate_tokens(model, cell.workload.prompt_tokens)
-    record(benchmark, cell, measure_decode(proven.session, prompt, cell.workload.decode_tokens, SAMPLING))
+    record(benchmark, cell, proven.meter.decode(prompt, cell.workload.decode_tokens, SAMPLING, _silent))
 
 
 def record(benchmark: BenchmarkFixture, cell: Cell, samples: Samples) -> None:
