@@ -1,7 +1,8 @@
 """Options of the suites, and the cells they run over.
 
 ``pytest suites/parity --backend torch --quant fp16 --model 169m`` judges exactly those cells; without
-options every backend and scheme that is usable here, on the embedded model. What was asked for by name
+options every backend that needs no environment of its own, with its usual schemes, on the embedded model;
+``--backend all`` takes in the others too. What was asked for by name
 and is not to be had fails; what ``all`` leaves out is skipped with its reason. A backend with an
 environment of its own runs there; ``--isolate`` gives every cell a process of its own.
 """
@@ -16,20 +17,27 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from backends.api import Unavailable, Unsupported
+from backends.index import backend_names
 from harness.measure import Workload
 from harness.models import Model, gate_tokens, open_model
 from harness.plan import ALL, Cell, Plan, Request, plan
 from harness.run import GATE_TOKENS
-from harness.session import Opened, open_session
+from harness.session import Opened, needs_isolation, open_session
 from harness.tolerance import Truth
 from harness.without_codec import truth_for
 from reference.errors import InputError
 from reference.weights import Weights
 
 
+#: What ``--backend`` means without being given.
+HERE = "here"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rwkv-bench", "which cells the suites run over (comma lists or `all`)")
-    group.addoption("--backend", default=ALL, help="backend names or paths of .py files")
+    group.addoption(
+        "--backend", default=HERE, help="backend names or paths of .py files; all; default: those of this environment"
+    )
     group.addoption("--quant", default=ALL, help="schemes, or classes such as int4")
     group.addoption("--device", default=ALL, help="cpu, cuda, mps")
     group.addoption("--model", default="tiny", help="tiny, a preset or a checkpoint path")
@@ -61,6 +69,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _planned(config: pytest.Config, default_threads: int | None) -> Plan:
     """Cells of the options; a wrong name is a usage error of pytest, not a failing test."""
     names = {name: tuple(config.getoption(f"--{name}").split(",")) for name in ("backend", "quant", "device")}
+    default = names["backend"] == (HERE,)
+    if default:
+        names["backend"] = tuple(name for name in backend_names() if not needs_isolation(name))
     request = Request(
         models=(config.getoption("--model"),),
         backends=names["backend"],
@@ -75,7 +86,7 @@ def _planned(config: pytest.Config, default_threads: int | None) -> Plan:
         _model(request.models[0])
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
-    refused = [refusal.reason for refusal in planned.refused if refusal.by_name]
+    refused = [refusal.reason for refusal in planned.refused if refusal.by_name and not default]
     if refused:
         raise pytest.UsageError("; ".join(refused))
     return planned
@@ -121,7 +132,7 @@ def opened(cell: Cell, model: Model, reopen: Reopen, pytestconfig: pytest.Config
         with reopen(model) as session:
             yield session
     except (Unavailable, Unsupported) as error:
-        if any(pytestconfig.getoption(f"--{name}") != ALL for name in ("backend", "quant", "device")):
+        if any(pytestconfig.getoption(f"--{name}") not in (ALL, HERE) for name in ("backend", "quant", "device")):
             pytest.fail(f"{cell}: {error}", pytrace=False)
         pytest.skip(f"{cell}: {error}")
 

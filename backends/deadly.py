@@ -69,6 +69,39 @@ def _orphan() -> None:
     _kill()
 
 
+def _escape() -> None:
+    """Leave a process of another session behind, which holds every descriptor it can, and die."""
+    code = "import time; time.sleep(1e6)"
+    subprocess.Popen([sys.executable, "-c", code, "rwkv-bench-orphan"], start_new_session=True, close_fds=False)
+    _kill()
+
+
+def _fork() -> None:
+    """Die while a copy of this process keeps the channel open."""
+    if os.fork() == 0:
+        time.sleep(1e6)
+    _kill()
+
+
+def _shut() -> None:
+    """Close every descriptor, as daemons do, and go on."""
+    os.closerange(3, 1 << 16)
+    time.sleep(1e6)
+
+
+def _stop() -> None:
+    """Be stopped, as by a debugger or a scheduler of jobs."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _memory() -> None:
+    """Ask for more than the process may have."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    bytearray(4 << 30)
+
+
 def _flood() -> None:
     """Fill both pipes for longer than any buffer holds, then die."""
     block = b"\x93RB1 \x00\xff flood \n" * 4096
@@ -103,6 +136,11 @@ FAULTS: dict[str, Callable[[], None]] = {
     "busy": _busy,
     "sleep": _sleep,
     "orphan": _orphan,
+    "escape": _escape,
+    "fork": _fork,
+    "shut": _shut,
+    "stop": _stop,
+    "memory": _memory,
     "flood": _flood,
     "noise": _noise,
     "litter": _litter,

@@ -22,8 +22,17 @@ GROUP = "rwkv_bench.backends"
 BUILT_IN: dict[str, str] = {
     "numpy": "backends.numpy_reference",
     "torch": "backends.torch_eager",
+    "rwkv.cpp": "backends.rwkv_cpp",
+    "bigdl-llm": "backends.bigdl_llm",
+    "ipex-llm": "backends.ipex_llm_rwkv",
+    "rwkv": "backends.rwkv_pip",
     "transformers": "backends.transformers_rwkv",
+    "ncnn": "backends.ncnn_rwkv",
+    "faster-rwkv": "backends.faster_rwkv",
 }
+
+#: Backend -> the environment variable that names a library or program of the user's, which it then drives.
+LIBRARIES: dict[str, str] = {"rwkv.cpp": "RWKV_CPP_LIBRARY", "faster-rwkv": "RWKV_BENCH_FASTER_RWKV"}
 
 #: Usable by name, never part of ``all``: they exist for the tests of the harness itself.
 HIDDEN: dict[str, str] = {"faulty": "backends.faulty", "deadly": "backends.deadly"}

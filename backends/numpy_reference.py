@@ -1,6 +1,6 @@
 """The numpy reference behind the contract: the backend that every other one is compared with.
 
-Its schemes differ in how the weights are kept: ``fp32`` upcasts them once, ``fp16`` and ``bf16``
+Its schemes differ in how the weights are kept: ``fp32`` upcasts them once, ``fp16``, ``bf16`` and ``FP16``
 keep them as stored and upcast each matrix as it is used (half the memory, slower), the quantized
 ones dequantize once. The arithmetic is float32 throughout, whatever the storage.
 """
@@ -28,6 +28,9 @@ INFO = BackendInfo(
     usual=("fp32", "fp16", "bf16", "q8f16_1", "q4f16_1", "Q8_0", "Q4_0"),  # the others cost and show the same
 )
 
+#: Kept in half precision, and upcast matrix by matrix as they are used.
+_AS_STORED = ("fp16", "bf16", "FP16")
+
 
 def version() -> str:
     """Version of numpy, which does the work."""
@@ -36,7 +39,7 @@ def version() -> str:
 
 def resident_bytes(config: Config, scheme: str) -> int:
     """Bytes of weights while computing: fp16 and bf16 stay as they are, all else is float32."""
-    return count_parameters(config) * (2 if scheme in ("fp16", "bf16") else 4)
+    return count_parameters(config) * (2 if scheme in _AS_STORED else 4)
 
 
 class NumpySession:
@@ -73,7 +76,7 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
     stored = apply(checkpoint, scheme)
     # fp16 and bf16 stay as stored, read once: a checkpoint of another type is not converted at every use.
     kept = stored.map(lambda name, tensor: Tensor.of(tensor.read(), tensor.stored))
-    weights = kept if scheme in ("fp16", "bf16") else stored.in_memory(np.float32)
+    weights = kept if scheme in _AS_STORED else stored.in_memory(np.float32)
     return NumpySession(weights, _limit_threads(threads))
 
 

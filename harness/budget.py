@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import psutil
 
+from harness.hardware import available_bytes
 from reference.config import Config, count_parameters
 from reference.errors import ConfigError
 from reference.schemes import stored_bytes
@@ -17,20 +16,6 @@ from reference.weights import Weights
 _OVERHEAD_BYTES = 400 << 20
 
 GIB = 1 << 30
-
-
-def available_bytes() -> int:
-    """Memory that can be used without swapping: the system's figure, or a container's limit if that is less."""
-    available = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(0, available)
 
 
 def needed_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, synthetic: bool) -> int:

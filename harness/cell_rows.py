@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from backends.index import load_backend
+from backends.index import LIBRARIES, load_backend
 from harness.checks import worst
 from harness.hardware import describe
 from harness.measure import Samples, Sampling
@@ -53,7 +54,7 @@ def base_row(cell: Cell, model: Model, job: Job) -> Row:
         scheme_class=scheme.scheme_class if scheme else None,
         device=cell.hardware.device,
         threads=cell.threads if load_backend(cell.backend).INFO.thread_control else None,
-        isolated=runs_apart(cell.backend, job.request),
+        isolated=cell.hardware.host is not None or runs_apart(cell.backend, job.request),
         workload=cell.workload,
         metric="parity",
         weight_bytes=_weight_bytes(config, cell.scheme),
@@ -73,10 +74,15 @@ def reproduce(cell: Cell, job: Job) -> str:
     """The command line that runs this one cell again."""
     work = cell.workload
     words = ["rwkv-bench", "run" if job.sampling else "parity", "--model", cell.model, "--backend", cell.backend]
+    if cell.hardware.host:
+        words += ["--hardware", cell.hardware.host]
     words += ["--quant", cell.scheme, "--device", cell.hardware.device, "--threads", str(cell.threads)]
     if job.sampling:
         words += ["--prompt-tokens", str(work.prompt_tokens), "--decode-tokens", str(work.decode_tokens)]
         words += ["--repeats", str(job.sampling.repeats)]
+    library = os.environ.get(LIBRARIES.get(cell.backend, ""))
+    if library:
+        words += ["--library", f"{cell.backend}={library}"]
     if job.request.isolate is not None:
         words.append("--isolate" if job.request.isolate else "--in-process")
     if job.request.timeout is not None:

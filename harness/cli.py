@@ -8,7 +8,6 @@ Nothing heavy is imported before the command is known, and no runtime before a c
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import warnings
 from argparse import Namespace
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from harness import streams
+from harness.console import columns, fail, out, say, show_warning
 from harness.interrupt import Terminated, terminable
 from harness.options import NotInThisVersion, TextWanted, UsageError, output_format, parse
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from harness.collect import Collector
+    from harness.inventory import Phone
     from harness.measure import Sampling
     from harness.plan import Plan, Request
     from harness.rows import Row
@@ -33,16 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams.prepare()
     try:
         with terminable(), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = show_warning
             return _command(list(sys.argv[1:] if argv is None else argv))
     except Terminated as signal:
-        return _fail(f"ended by {signal}", 128 + signal.number)
+        return fail(f"ended by {signal}", 128 + signal.number)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return fail("interrupted", 130)
 
 
 def _command(argv: list[str]) -> int:
     from backends.api import Unavailable, Unsupported
+    from backends.index import LIBRARIES
     from harness.status import BAD_INPUT, NOT_AVAILABLE, PASSED
     from reference.errors import InputError
 
@@ -50,27 +52,34 @@ def _command(argv: list[str]) -> int:
         try:
             arguments = parse(argv)
         except TextWanted as wanted:
-            _out(str(wanted))
+            out(str(wanted))
             return PASSED
+        for name, file in getattr(arguments, "library", ()):
+            os.environ[LIBRARIES[name]] = file  # before the backend is imported: what it offers depends on it
         return _COMMANDS[arguments.command](arguments)
     except BrokenPipeError:  # whoever read stdout has gone, as `head` does
         return PASSED
     except (Unavailable, Unsupported, NotInThisVersion) as error:
-        return _fail(str(error), NOT_AVAILABLE)
+        return fail(str(error), NOT_AVAILABLE)
     except (UsageError, InputError) as error:
-        return _fail(str(error), BAD_INPUT)
+        return fail(str(error), BAD_INPUT)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), BAD_INPUT)
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), BAD_INPUT)
 
 
 def run(arguments: Namespace) -> int:
     """``run`` and ``parity``: measure every cell, then print the table."""
     from harness.asked import requested, sampling_of
     from harness.collect import store_path
+    from harness.phone_runs import phones_of
     from harness.plan import plan
+    from harness.recorded import recorded_rows
     from reports.output import check_output
     from reports.published import published_rows
 
+    phones = phones_of(arguments.hardware)
+    if phones:
+        return _run_phones(phones, arguments)
     request, sampling = requested(arguments), sampling_of(arguments)
     planned = plan(request)
     if arguments.dry_run:
@@ -78,18 +87,40 @@ def run(arguments: Namespace) -> int:
     store = store_path(arguments.store, make=bool(planned.cells or planned.refused))
     check_output(arguments.output, store)
     collector, stopped = _measure(request, planned, sampling, store)
-    published = [row for name in planned.absent for row in published_rows(name, request.schemes)]
+    known = [row for name in planned.absent for row in recorded_rows(store, name, request.schemes)]
+    known += [row for name in planned.absent for row in published_rows(name, request.schemes)]
     try:
-        _write_rows([*collector.rows, *published], arguments)
+        _write_rows([*collector.rows, *known], arguments)
     except BrokenPipeError:
         pass  # nobody reads the table any more; the exit status still counts
     finally:
         if collector.rows:
-            count = len(collector.rows)
-            _say(f"{count} {'row' if count == 1 else 'rows'} added to {store}")
+            say(f"{_rows(len(collector.rows))} added to {store}")
     if stopped is not None:
         raise stopped
-    return _status(request, planned, collector, {row.hardware for row in published})
+    return _status(request, planned, collector, {row.hardware for row in known})
+
+
+def _run_phones(phones: Sequence[Phone], arguments: Namespace) -> int:
+    """What programs on phones print, as recorded rows."""
+    from harness.collect import store_path
+    from harness.live import LiveLine
+    from harness.phone_runs import run_phones
+    from harness.status import exit_code, row_code
+    from harness.store import append
+    from reports.output import check_output
+
+    store = store_path(arguments.store)
+    check_output(arguments.output, store)
+    rows: list[Row] = []
+    with LiveLine(sys.stderr) as line:
+        for row in run_phones(phones, arguments, line.show):
+            append(store, row)
+            rows.append(row)
+            line.done(f"{row.hardware} {row.scheme}: {row.verdict or row.metric} {row.reason or ''}")
+    _write_rows(rows, arguments)
+    say(f"{_rows(len(rows))} added to {store}")
+    return exit_code([row_code(row, True) for row in rows])
 
 
 def _measure(
@@ -115,7 +146,7 @@ def _measure(
     return collector, stopped
 
 
-def _status(request: Request, planned: Plan, collector: Collector, published: set[str]) -> int:
+def _status(request: Request, planned: Plan, collector: Collector, known: set[str]) -> int:
     """Exit status of a finished run, with a line for what was asked by name and nothing ran for."""
     from harness.status import NOT_AVAILABLE, exit_code, ran, row_code, unmet
     from reports.published import published_rows
@@ -125,12 +156,12 @@ def _status(request: Request, planned: Plan, collector: Collector, published: se
     missing = unmet(request, found, planned.absent) if collector.rows else []
     codes += [NOT_AVAILABLE] * bool(missing)
     if missing and found:
-        _say(f"nothing ran for {', '.join(missing)}")
+        say(f"nothing ran for {', '.join(missing)}")
     for name in planned.absent:
         others = ", ".join(dict.fromkeys(row.scheme for row in published_rows(name)))
         lacking = f"its published figures are of {others}" if others else "and no figures of it are published here"
-        what = "only published figures are shown" if name in published else lacking
-        codes.append(_fail(f"{name} is not in this machine; nothing was measured on it, {what}", NOT_AVAILABLE))
+        what = "only recorded and published figures are shown" if name in known else lacking
+        codes.append(fail(f"{name} is not in this machine; nothing was measured on it, {what}", NOT_AVAILABLE))
     return exit_code(codes)
 
 
@@ -140,7 +171,7 @@ def list_what_is_here(arguments: Namespace) -> int:
     from reports.records import as_json, as_text
 
     found = collect(arguments.what)
-    _out(as_json(found) if arguments.format == "json" else as_text(found, _columns()))
+    out(as_json(found) if arguments.format == "json" else as_text(found, columns()))
     return 0
 
 
@@ -167,15 +198,15 @@ def generate(arguments: Namespace) -> int:
         options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
         options["stop"] = tokenizer.end_of_text
         try:
-            _out(data.decode("utf-8", "replace"))
+            out(data.decode("utf-8", "replace"))
             for token in tokens_of(opened.session, prompt, arguments.tokens, speed=speed, **options):
-                _out(stream.feed(token))
+                out(stream.feed(token))
         except NonFiniteLogits as error:
             problem = f"{cell.backend}: {error}; rwkv-bench parity shows where it begins"
-        _out(stream.flush() + "\n")
+        out(stream.flush() + "\n")
     if problem:
-        return _fail(problem, FAILED)
-    _say(f"{cell.backend} {cell.scheme}: {speeds(speed)} (one run, not checked for parity)")
+        return fail(problem, FAILED)
+    say(f"{cell.backend} {cell.scheme}: {speeds(speed)} (one run, not checked for parity)")
     return 0
 
 
@@ -189,20 +220,51 @@ def setup(arguments: Namespace) -> int:
     return code
 
 
+def convert(arguments: Namespace) -> int:
+    """``convert``: a checkpoint in another format; what is lost, a line each on stderr."""
+    from harness.options import command_file
+
+    code: int = command_file("convert").run(arguments, say)
+    return code
+
+
+def import_figures(arguments: Namespace) -> int:
+    """``import``: another program's figures, stored and shown."""
+    from harness.collect import store_path
+    from harness.options import command_file
+    from harness.store import append
+    from reports.output import check_output
+
+    rows = command_file("import").run(arguments, say)
+    store = store_path(arguments.store)
+    check_output(arguments.output, store)
+    for row in rows:
+        append(store, row)
+    _write_rows(rows, arguments)
+    say(f"{_rows(len(rows))} added to {store}")
+    return 0
+
+
+def _rows(count: int) -> str:
+    return f"{count} {'row' if count == 1 else 'rows'}"
+
+
 _COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "run": run,
     "parity": run,
     "list": list_what_is_here,
     "generate": generate,
     "setup": setup,
+    "convert": convert,
+    "import": import_figures,
 }
 
 
 def _write_rows(rows: Sequence[Row], arguments: Namespace) -> None:
     from reports.output import formatted
 
-    columns = None if arguments.output else _columns()
-    _deliver(formatted(rows, output_format(arguments), columns, columns is not None), arguments.output)
+    width = None if arguments.output else columns()
+    _deliver(formatted(rows, output_format(arguments), width, width is not None), arguments.output)
 
 
 def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, arguments: Namespace) -> int:
@@ -215,21 +277,12 @@ def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, argumen
         raise UsageError(f"--dry-run has --format table or json, not {kind}")
     cells = foresee(planned, sampling)
     found = records(planned, cells)
-    columns = None if arguments.output else _columns()
-    table = (as_text({"cells": for_people(found)}, columns) if found else "") + total(cells) + "\n"
+    width = None if arguments.output else columns()
+    table = (as_text({"cells": for_people(found)}, width) if found else "") + total(cells) + "\n"
     _deliver(as_json({"cells": found}) if kind == "json" else table, arguments.output)
     named = [NOT_AVAILABLE for refusal in planned.refused if refusal.by_name]
     missing = bool(planned.absent or unmet(request, would_run(cells)))
     return exit_code([*named, NOT_AVAILABLE] if missing else named)
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _say(f"warning: {message}")
-
-
-def _columns() -> int | None:
-    """Columns of the terminal; None where stdout is none, so that nothing is cut or wrapped."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _deliver(text: str, output: str | None) -> None:
@@ -239,34 +292,4 @@ def _deliver(text: str, output: str | None) -> None:
     if output:
         write_output(output, text)
     else:
-        _out(text)
-
-
-def _out(text: str) -> None:
-    """Data to stdout at once. Raises BrokenPipeError, or InputError where it cannot be written."""
-    from reference.errors import InputError
-
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        streams.silence(sys.stdout)
-        raise
-    except OSError as error:
-        streams.silence(sys.stdout)
-        raise InputError(f"cannot write to standard output: {error.strerror}; --output writes to a file") from None
-
-
-def _say(text: str) -> None:
-    """One line to stderr, whatever it holds: what would move the cursor or colour the screen is shown escaped."""
-    line = "".join(c if c.isprintable() else " " if c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    try:
-        sys.stderr.write(f"rwkv-bench: {line}\n")
-        sys.stderr.flush()
-    except OSError:
-        streams.silence(sys.stderr)
-
-
-def _fail(text: str, code: int) -> int:
-    _say(text)
-    return code
+        out(text)

@@ -15,8 +15,8 @@ examples:
   rwkv-bench setup rwkv.cpp
   rwkv-bench setup all                  every backend that needs an environment
   rwkv-bench setup mine.py              a file of yours with a PEP 723 header
-  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu rwkv-bench setup all
-                                        CPU wheels of torch on Linux; pip's own settings apply
+pip's own settings apply; CPU wheels of torch on Linux:
+  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 """
 
 Say = Callable[[str], None]

@@ -95,11 +95,8 @@ def total(cells: Sequence[Foreseen]) -> str:
 
 def would_run(cells: Sequence[Foreseen]) -> set[Ran]:
     """The cells that can run, as :func:`harness.status.unmet` takes them."""
-    return {
-        Ran(it.cell.backend, it.cell.model, it.cell.scheme, it.cell.hardware.device, it.cell.hardware.name)
-        for it in cells
-        if it.reason is None
-    }
+    ready = [it.cell for it in cells if it.reason is None]
+    return {Ran(c.backend, c.model, c.scheme, c.hardware.device, c.hardware.name, c.hardware.host) for c in ready}
 
 
 def duration(seconds: float) -> str:

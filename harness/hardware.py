@@ -7,11 +7,10 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-
-import psutil
 
 from harness.names import did_you_mean
 from reference.errors import InputError
@@ -47,11 +46,15 @@ class Hardware:
     name    short name for tables (``cpu``, ``h200``)
     device  what a backend calls it (``cpu``, ``cuda:0``, ``mps``)
     detail  the full name, as the system tells it
+    host    the inventory's host it belongs to; ``None``: this machine
+    facts   of another machine, what :func:`describe` says of this one
     """
 
     name: str
     device: str
     detail: str
+    host: str | None = None
+    facts: Mapping[str, str | int] = field(default_factory=dict, compare=False)
 
 
 @lru_cache(maxsize=1)
@@ -109,7 +112,7 @@ def usable_cpus() -> int:
     """Logical CPUs this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return psutil.cpu_count() or 1
+    return os.cpu_count() or 1
 
 
 def default_threads(parameters: int) -> int:
@@ -120,15 +123,53 @@ def default_threads(parameters: int) -> int:
     """
     if parameters < SMALL_PARAMETERS:
         return 1
-    return max(1, min(usable_cpus(), psutil.cpu_count(logical=False) or usable_cpus()))
+    return max(1, min(usable_cpus(), physical_cores() or usable_cpus()))
+
+
+def physical_cores() -> int | None:
+    """Cores, hyper-threads not counted; ``None`` where nothing tells."""
+    try:
+        import psutil
+    except ImportError:  # on somebody's host
+        return None
+    cores: int | None = psutil.cpu_count(logical=False)
+    return cores
+
+
+def available_bytes() -> int:
+    """Memory that can be used without swapping: the system's figure, or a container's limit if that is less."""
+    available = _free_bytes()
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, available)
+
+
+def _free_bytes() -> int:
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    except OSError:
+        pass
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def describe(hardware: Hardware) -> dict[str, str | int]:
     """``hardware_detail`` of a row: full name, and what of the host bears on speed."""
+    if hardware.host is not None:
+        return {**hardware.facts, "name": hardware.detail, "host": hardware.host}
     return {
         "name": hardware.detail,
         "cpus": usable_cpus(),
-        "memory_bytes": int(psutil.virtual_memory().total),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

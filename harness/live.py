@@ -8,6 +8,11 @@ from types import TracebackType
 from typing import TextIO
 
 
+def printable(text: str) -> str:
+    """One line without what would move the cursor or colour the screen: an installer's lines come through here."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 class LiveLine:
     """``show`` replaces the line at the bottom of a terminal; ``done`` leaves one that stays."""
 
@@ -39,11 +44,11 @@ class LiveLine:
 
             with suppress(OSError):
                 width = max(20, self._console.width - 4)
-                self._status.update(Text(text[:width], no_wrap=True))
+                self._status.update(Text(printable(text)[:width], no_wrap=True))
 
     def done(self, text: str) -> None:
         """What has happened; stays on the screen."""
-        line = f"[{time.monotonic() - self._began:.0f} s] {text}"
+        line = f"[{time.monotonic() - self._began:.0f} s] {printable(text)}"
         with suppress(OSError):
             if self._status is not None:
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import PurePath
 from types import ModuleType
@@ -54,14 +55,18 @@ class Parser(argparse.ArgumentParser):
 
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
-LATER_COMMANDS = (
-    *("localize", "headroom", "quality", "compare", "ab", "gpu-check", "report", "compile", "recommend"),
-    *("import", "convert"),
-)
+LATER_COMMANDS = ("localize", "headroom", "quality", "compare", "ab", "gpu-check", "report", "compile", "recommend")
 LATER_OPTIONS = ("--resume",)
 
 #: Commands with a file of their own: HELP, EXAMPLES, ``options(parser)`` and ``run``.
-COMMAND_FILES = {"setup": "harness.command_setup"}
+COMMAND_FILES = {
+    "setup": "harness.command_setup",
+    "convert": "harness.command_convert",
+    "import": "harness.command_import",
+}
+
+
+_GIVES_ROWS = ("import",)
 
 
 def command_file(name: str) -> ModuleType:
@@ -76,12 +81,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv[0] == "--version":
         raise TextWanted(_version())
     parser, commands = _top()
+    known = [*COMMANDS, *COMMAND_FILES]
     if argv[0] in LATER_COMMANDS:
-        raise NotInThisVersion(
-            f"the command {argv[0]} is not in this version; commands: {', '.join([*COMMANDS, *COMMAND_FILES])}"
-        )
-    if not argv[0].startswith("-") and argv[0] not in (*COMMANDS, *COMMAND_FILES):
-        known = [*COMMANDS, *COMMAND_FILES]
+        raise NotInThisVersion(f"the command {argv[0]} is not in this version; commands: {', '.join(known)}")
+    if not argv[0].startswith("-") and argv[0] not in known:
         parser.error(f"no command {argv[0]!r}; {did_you_mean(argv[0], known)}commands: {', '.join(known)}")
     arguments, rest = parser.parse_known_args(argv)
     later = next((word.split("=")[0] for word in rest if word.split("=")[0] in LATER_OPTIONS), None)
@@ -119,6 +122,8 @@ def _top() -> tuple[Parser, dict[str, Parser]]:
         epilog = f"{file.EXAMPLES}\n{EXIT_CODES}"
         commands[name] = subparsers.add_parser(name, help=file.HELP, description=file.HELP, epilog=epilog)
         file.options(commands[name])
+        if name in _GIVES_ROWS:
+            _output(commands[name])
     return parser, commands
 
 
@@ -186,6 +191,14 @@ def _apart(parser: Parser) -> None:
     group.add_argument(
         "--timeout", type=_real(0.1, 1e6), metavar="S", help="seconds without a sign of life (default 600); isolates"
     )
+    group.add_argument(
+        "--library",
+        type=_library,
+        action="append",
+        default=[],
+        metavar="BACKEND=FILE",
+        help="a library of yours for a backend, such as rwkv.cpp=librwkv.so",
+    )
     group.add_argument("--cpus", type=_cpus, metavar="LIST", help="CPUs such as 0-3,6, or node:0; isolates")
 
 
@@ -224,6 +237,18 @@ def _path(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("the path of a file is needed")
     return text
+
+
+def _library(text: str) -> tuple[str, str]:
+    from backends.index import LIBRARIES
+
+    name, _, file = text.partition("=")
+    if name not in LIBRARIES:
+        hint = did_you_mean(name, LIBRARIES)
+        raise argparse.ArgumentTypeError(f"{name!r} takes no library; {hint}these do: {', '.join(LIBRARIES)}")
+    if not os.path.isfile(file):
+        raise argparse.ArgumentTypeError(f"{file}: no such file; BACKEND=FILE is needed")
+    return name, os.path.abspath(file)
 
 
 def _cpus(text: str) -> Any:

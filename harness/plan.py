@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from backends.api import BackendInfo, Unavailable
 from backends.index import backend_names, load_backend
 from harness.budget import needed_bytes
-from harness.hardware import Hardware, default_threads, resolve
+from harness.hardware import Hardware
 from harness.isolation.placement import Placement
 from harness.isolation.start import environment
 from harness.measure import Workload
 from harness.models import is_generated, model_config, model_names
 from harness.names import did_you_mean
+from harness.places import check_device_names, devices_of, places_of, threads_of
 from reference.config import Config, count_parameters
 from reference.errors import ConfigError, InputError
 from reference.schemes import SCHEME_CLASSES, SCHEMES, stored_bytes
@@ -23,10 +25,6 @@ ALL = "all"
 
 class UnknownScheme(InputError):
     """A ``--quant`` that no system uses; one line."""
-
-
-class UnknownDevice(InputError):
-    """A ``--device`` that no backend has, or that the hardware asked for has not; one line."""
 
 
 @dataclass(frozen=True)
@@ -97,48 +95,93 @@ def plan(request: Request) -> Plan:
     """Expand a request. Raises InputError, with the nearest right one, for a wrong name of any kind."""
     infos, broken = _backends(request.backends)
     check_scheme_names(request.schemes, list(infos.values()))
-    _check_device_names(request.devices, list(infos.values()))
+    check_device_names(request.devices, list(infos.values()))
     models = expand(request.models, model_names())
     configs = {model: model_config(model) for model in models}
-    places, absent = _places(request)
+    found = places_of(request.hardware, request.devices)
+    places, where = found.here, ", ".join(place.name for place in found.here)
+    unreachable = [
+        Refused("UNAVAILABLE", why, ALL, ALL, model, name, True)
+        for name, why in found.unreachable.items()
+        for model in models
+    ]
     if not places:
-        return Plan((), (), tuple(absent))
-    where = ", ".join(place.name for place in places)
-    named = ALL not in request.backends
-    placed = named and ALL not in request.devices
-    nowhere = {name for name in request.schemes if not any(match_schemes((name,), i)[0] for i in infos.values())}
-    unready = {} if request.isolate is False else _unready(infos)
+        return Plan((), tuple(unreachable), found.absent)
+    asked = _Asked(request, places, infos)
     cells: list[Cell] = []
-    refused: list[Refused] = []
+    refused: list[Refused] = unreachable
     for model in models:
         refused += [Refused("UNAVAILABLE", why, name, ALL, model, where, False) for name, why in broken.items()]
-        for backend, info in infos.items():
-            lack = unready.get(backend)
-            if lack is not None:
-                by_name = backend in request.backends
-                refused.append(Refused("UNAVAILABLE", lack, backend, ALL, model, where, by_name))
-                continue
-            schemes, lacking = match_schemes(request.schemes, info)
-            for scheme in lacking:
-                why = f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}"
-                by_name = scheme in nowhere or (named and scheme != ALL)
-                refused.append(Refused("UNSUPPORTED", why, backend, scheme, model, where, by_name))
-            usable = [place for place in places if place.device.split(":")[0] in info.devices]
-            if schemes and not usable:
-                why = f"{backend} does not run on {_devices(places)}; it runs on {', '.join(info.devices)}"
-                refused.append(Refused("UNSUPPORTED", why, backend, ALL, model, where, placed))
-            threads = request.threads or default_threads(count_parameters(configs[model]))
-            misfits = {s: misfit for s in schemes if usable and (misfit := _misfit(configs[model], s))}
-            fitting = [s for s in schemes if s not in misfits]
-            cells += [Cell(model, backend, s, place, threads, request.workload) for place in usable for s in fitting]
-            refused += [
-                Refused("UNSUPPORTED", misfit, backend, s, model, where, named and s in request.schemes)
-                for s, misfit in misfits.items()
-            ]
+        for backend in infos:
+            runs, lacking = asked.of(model, configs[model], backend)
+            cells += runs
+            refused += lacking
     if not cells:
         # What `all` leaves out is no failure, unless nothing at all is left of what was asked.
         refused = [replace(refusal, by_name=True) for refusal in refused]
-    return Plan(tuple(cells), tuple(refused), tuple(absent))
+    return Plan(tuple(cells), tuple(refused), found.absent)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request with what its names have been found to mean."""
+
+    request: Request
+    places: tuple[Hardware, ...]
+    infos: Mapping[str, BackendInfo]
+
+    def of(self, model: str, config: Config, backend: str) -> tuple[list[Cell], list[Refused]]:
+        """The cells of one backend, and what of it cannot be one."""
+        request, info = self.request, self.infos[backend]
+        named = ALL not in request.backends
+        refused: list[Refused] = []
+
+        def refuse(verdict: str, why: str, scheme: str, by_name: bool) -> None:
+            where = ", ".join(place.name for place in self.places)
+            refused.append(Refused(verdict, why, backend, scheme, model, where, by_name))
+
+        schemes, lacking = match_schemes(request.schemes, info)
+        for scheme in lacking:
+            why = f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}"
+            refuse("UNSUPPORTED", why, scheme, scheme in self.nowhere or (named and scheme != ALL))
+        usable = [place for place in self.places if place.device.split(":")[0] in info.devices]
+        if schemes and not usable:
+            why = f"{backend} does not run on {devices_of(self.places)}; it runs on {', '.join(info.devices)}"
+            refuse("UNSUPPORTED", why, ALL, named and ALL not in request.devices)
+        if backend in self.unready and any(place.host is None for place in usable):
+            refuse("UNAVAILABLE", self.unready[backend], ALL, backend in request.backends)
+            usable = [place for place in usable if place.host is not None]
+        fitting = []
+        for scheme in schemes:
+            misfit = _misfit(config, scheme)
+            if misfit is None:
+                fitting.append(scheme)
+            elif usable:
+                refuse("UNSUPPORTED", misfit, scheme, named and scheme in request.schemes)
+        parameters = count_parameters(config)
+        cells = [
+            Cell(model, backend, scheme, place, request.threads or threads_of(place, parameters), request.workload)
+            for place in usable
+            for scheme in fitting
+        ]
+        return cells, refused
+
+    @cached_property
+    def nowhere(self) -> set[str]:
+        """Schemes that no backend asked for has."""
+        infos = self.infos.values()
+        return {name for name in self.request.schemes if not any(match_schemes((name,), i)[0] for i in infos)}
+
+    @cached_property
+    def unready(self) -> dict[str, str]:
+        """Backends whose own environment is not built on this machine, and what to do."""
+        lacking: dict[str, str] = {}
+        for name in self.infos if self.request.isolate is not False else ():
+            try:
+                environment(name, load_backend(name))
+            except Unavailable as error:
+                lacking[name] = str(error)
+        return lacking
 
 
 def memory_needed(cell: Cell, config: Config) -> int:
@@ -202,50 +245,3 @@ def _backends(names: tuple[str, ...]) -> tuple[dict[str, BackendInfo], dict[str,
                 raise
             broken[name] = str(error)
     return infos, broken
-
-
-def _unready(names: Iterable[str]) -> dict[str, str]:
-    """Backends whose own environment is not built, and what to do."""
-    lacking = {}
-    for name in names:
-        try:
-            environment(name, load_backend(name))
-        except Unavailable as error:
-            lacking[name] = str(error)
-    return lacking
-
-
-def _check_device_names(names: tuple[str, ...], infos: list[BackendInfo]) -> None:
-    known = list(dict.fromkeys(["cpu", "cuda", "mps", *(device for info in infos for device in info.devices)]))
-    for name in names:
-        kind, colon, index = name.partition(":")
-        if name != ALL and (kind not in known or (colon and not index.isdecimal())):
-            hint = did_you_mean(kind, known) if kind not in known else ""
-            raise UnknownDevice(f"no device {name!r}; {hint}devices: {', '.join(known)}; cuda:1 is the second GPU")
-
-
-def _places(request: Request) -> tuple[list[Hardware], list[str]]:
-    """Where to run, and the names of hardware that is not here."""
-    here: list[Hardware] = []
-    absent: list[str] = []
-    for name in dict.fromkeys(request.hardware):
-        found = resolve(name)
-        here += [place for place in found if place not in here]
-        if not found:
-            absent.append(name)
-    if ALL in request.devices or not here:
-        return here, absent
-    anywhere = any(name in ("local", ALL) for name in request.hardware)
-    places: list[Hardware] = []
-    for device in request.devices:
-        hits = [place for place in here if device in (place.device, place.device.split(":")[0])]
-        if not hits and not anywhere:
-            asked = ", ".join(request.hardware)
-            raise UnknownDevice(f"hardware {asked} has no device {device}; its devices: {_devices(here)}")
-        # A device that nobody has detected still becomes a cell: the backend says why not.
-        places += hits or [Hardware(device.split(":")[0], device, device)]
-    return list(dict.fromkeys(places)), absent
-
-
-def _devices(places: list[Hardware]) -> str:
-    return ", ".join(place.device for place in places)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from backends.api import Session, Unavailable, Unsupported
+from harness import inventory
 from harness.budget import shortage
 from harness.bundle import save_bundle
 from harness.cell_rows import (
@@ -85,7 +86,7 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
     """All rows of one cell. A backend that raises, dies or hangs becomes a row that says so."""
     tell(cell, "loading")
     base = base_row(cell, model, job)
-    short = shortage(memory_needed(cell, model.config), cell.hardware.device)
+    short = None if cell.hardware.host else shortage(memory_needed(cell, model.config), cell.hardware.device)
     if short:
         emit(replace(base, verdict="UNAVAILABLE", reason=short))
         return
@@ -98,7 +99,7 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
             cell.hardware.device,
             cell.threads,
             job.request.isolate,
-            _apart(job),
+            _apart(cell, job),
             work.tell,
         ) as opened:
             work.judge_and_measure(opened, base)
@@ -112,9 +113,12 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
         gc.collect()
 
 
-def _apart(job: Job) -> Apart | None:
+def _apart(cell: Cell, job: Job) -> Apart | None:
     request = job.request
-    return None if request.timeout is None and request.placement is None else Apart(request.timeout, request.placement)
+    host = inventory.load().hosts[cell.hardware.host] if cell.hardware.host else None
+    if host is None and request.timeout is None and request.placement is None:
+        return None
+    return Apart(request.timeout, request.placement, host)
 
 
 def _verdict(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:

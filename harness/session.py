@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from backends.api import BackendInfo, Closing, Session, Unsupported
 from backends.index import load_backend, place
-from harness.isolation import start
+from harness.inventory import Host
+from harness.isolation import hosts, start
 from harness.isolation.child import ChildDied, ChildTimedOut
 from harness.isolation.placement import Placement
-from harness.isolation.remote import RemoteMeter, remote_session
+from harness.isolation.remote import Line, RemoteMeter, remote_session
 from harness.measure import timed_load
 from harness.meter import HereMeter, Meter, Tell
 from harness.models import Model, open_model
@@ -44,10 +46,15 @@ class Opened:
 
 @dataclass(frozen=True)
 class Apart:
-    """How a process of its own is run: ``timeout`` in seconds without a sign of life, and on which CPUs."""
+    """How a process of its own is run: ``timeout`` in seconds without a sign of life, on which CPUs, on which host."""
 
     timeout: float | None = None
     placement: Placement | None = None
+    host: Host | None = None
+
+
+#: A worker that has converted for longer than this is not the one that is measured.
+PREPARED_SECONDS = 0.5
 
 
 def needs_isolation(backend: str) -> bool:
@@ -81,10 +88,13 @@ def open_session(
         raise Unsupported(f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}")
     if device.split(":")[0] not in info.devices:
         raise Unsupported(f"{backend} does not run on {device}; it runs on {', '.join(info.devices)}")
+    if apart is not None and apart.host is not None:
+        isolate = True
     if isolate is None:
         isolate = apart is not None or needs_isolation(backend)
     if isolate:
-        with _opened_apart(backend, module, model, scheme, device, threads, apart or Apart(), tell) as opened:
+        load = _Load(backend, module, _weights(model), *_named(model), scheme, device, threads)
+        with _opened_apart(load, apart or Apart(), tell) as opened:
             yield opened
     else:
         with _opened_here(module, model, scheme, device, threads) as opened:
@@ -116,38 +126,31 @@ def _opened_here(
         meter.close()
 
 
+@dataclass(frozen=True)
+class _Load:
+    """What a worker is to load. ``name``, ``seed``: of a model whose weights are made, not read."""
+
+    backend: str
+    module: ModuleType
+    weights: Weights
+    name: str
+    seed: int | None
+    scheme: str
+    device: str
+    threads: int | None
+
+
 @contextmanager
-def _opened_apart(
-    backend: str,
-    module: ModuleType,
-    model: str | Model | Weights,
-    scheme: str,
-    device: str,
-    threads: int | None,
-    apart: Apart,
-    tell: Tell,
-) -> Iterator[Opened]:
-    weights = _weights(model)
-    line = start.start(backend, module, threads, apart.timeout)
-    try:
-        seed, name = (model.seed, model.name) if isinstance(model, Model) else (None, "")
-        where = start.model_at(weights, seed, name, line.child.folder)
-        cpus, node = (apart.placement.cpus, apart.placement.node) if apart.placement else (None, None)
-        answer = line.open(
-            tell,
-            backend=place(backend),
-            model=where,
-            scheme=scheme,
-            device=device,
-            threads=threads,
-            cpus=cpus,
-            node=node,
-        )
+def _opened_apart(load: _Load, apart: Apart, tell: Tell) -> Iterator[Opened]:
+    info: BackendInfo = load.module.INFO
+    bound = apart.placement or Placement(None)
+    with _line_there(load, apart, tell) if apart.host else _line_here(load, apart, tell) as (line, found):
+        answer = line.open(tell, **found, threads=load.threads, cpus=bound.cpus, node=bound.node)
         yield Opened(
             session=remote_session(line, answer["capabilities"]),
-            info=module.INFO,
+            info=info,
             version=answer["version"],
-            arithmetic=module.INFO.arithmetic(scheme, device),
+            arithmetic=info.arithmetic(load.scheme, load.device),
             load_ns=answer["load_ns"],
             meter=RemoteMeter(line),
             isolated=True,
@@ -156,8 +159,40 @@ def _opened_apart(
         with suppress(ChildDied, ChildTimedOut):  # it has answered all that was asked; how it ends changes nothing
             line.ask("close")
             line.child.end()
+
+
+#: A line to a started worker, and what it is to open.
+_Ready = tuple[Line, dict[str, Any]]
+
+
+@contextmanager
+def _line_here(load: _Load, apart: Apart, tell: Tell) -> Iterator[_Ready]:
+    """A worker on this machine that has the model file it wants; ends with the block."""
+    line = start.start(load.backend, load.module, load.threads, apart.timeout)
+    try:
+        if hasattr(load.module, "prepare") and line.prepare(tell, **_asked(load, line)) > PREPARED_SECONDS:
+            # Converting has left libraries and heap behind that are not the backend's.
+            line.child.kill()
+            line = start.start(load.backend, load.module, load.threads, apart.timeout)
+        yield line, _asked(load, line)
     finally:
         line.child.kill()
+
+
+def _asked(load: _Load, line: Line) -> dict[str, Any]:
+    where = start.model_at(load.weights, load.seed, load.name, line.child.folder)
+    return {"backend": place(load.backend), "model": where, "scheme": load.scheme, "device": load.device}
+
+
+@contextmanager
+def _line_there(load: _Load, apart: Apart, tell: Tell) -> Iterator[_Ready]:
+    """A worker on a host; ends with the block."""
+    assert apart.host is not None
+    with hosts.connected(apart.host) as line:
+        where = hosts.model_there(line, apart.host, load.weights, load.seed, load.name, tell)
+        hosts.start_there(line, apart.host, load.backend, load.module, load.threads, apart.timeout)
+        found = {"backend": hosts.backend_there(load.backend), "model": where}
+        yield line, {**found, "scheme": load.scheme, "device": load.device}
 
 
 def check(module: ModuleType) -> None:
@@ -183,3 +218,7 @@ def _weights(model: str | Model | Weights) -> Weights:
     if isinstance(model, str):
         return open_model(model).weights
     return model.weights if isinstance(model, Model) else model
+
+
+def _named(model: str | Model | Weights) -> tuple[str, int | None]:
+    return (model.name, model.seed) if isinstance(model, Model) else ("", None)

@@ -20,6 +20,7 @@ class Ran(NamedTuple):
     scheme: str
     device: str
     hardware: str
+    host: str | None = None
 
 
 def exit_code(codes: Iterable[int]) -> int:
@@ -40,7 +41,7 @@ def row_code(row: Row, named: bool) -> int:
 def ran(rows: Sequence[Row]) -> set[Ran]:
     """The cells of ``rows`` that could run, whatever came of it."""
     return {
-        Ran(row.backend, row.model, row.scheme, row.device or "", row.hardware)
+        Ran(row.backend, row.model, row.scheme, row.device or "", row.hardware, (row.hardware_detail or {}).get("host"))
         for row in rows
         if row.verdict not in (None, "UNAVAILABLE", "UNSUPPORTED")
     }
@@ -57,7 +58,7 @@ def unmet(request: Request, found: Iterable[Ran], absent: Sequence[str] = ()) ->
         ("--model", request.models, lambda name, cell: name == cell.model),
         ("--quant", request.schemes, lambda name, cell: name in (cell.scheme, _scheme_class(cell.scheme))),
         ("--device", request.devices, lambda name, cell: name in (cell.device, cell.device.split(":")[0])),
-        ("--hardware", request.hardware, lambda name, cell: name in ("local", cell.hardware)),
+        ("--hardware", request.hardware, lambda name, cell: name in ("local", cell.hardware, cell.host)),
     )
     return [
         f"{option} {name}"

@@ -1,4 +1,7 @@
-"""Checkpoints in and out: ``.pth``, ``.safetensors`` and Hugging Face folders, told apart by content."""
+"""Checkpoints in and out, told apart by content.
+
+``.pth``, ``.safetensors``, Hugging Face folders, ``.bin`` of rwkv.cpp and ``.fr`` of faster-rwkv.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,27 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from reference import hf_folder, pth_file, safetensors_file
+from reference import fr_file, ggml_file, hf_folder, pth_file, safetensors_file
 from reference.atomic_write import atomic_file
-from reference.config import infer_config, is_matrix, tensor_shapes
+from reference.config import infer_config, tensor_shapes
 from reference.errors import CheckpointError, ConfigError, NonFiniteWeights
 from reference.tensor_file import MappedFile, TensorFile, quoted, release, reshaped
 from reference.tensor_stream import Encoder, check_scheme
 from reference.weights import Tensor, Weights, find_non_finite
 
-FORMATS = ("pth", "safetensors", "hf")
+FORMATS = ("pth", "safetensors", "hf", "ggml", "fr")
+
+#: Formats that keep other tensors than BlinkDL's, with schemes of their own.
+_CONVERTED: dict[str, Any] = {"ggml": ggml_file, "fr": fr_file}
 
 #: First bytes -> what the file is instead of a checkpoint we read.
 _OTHER_FILES = (
-    (b"fmgg", "an rwkv.cpp ggml file; not read yet, give the .pth it was converted from"),
     (b"lmgg", "an old ggml file; give the .pth it was converted from"),
     (b"tjgg", "a ggjt file of llama.cpp; give the .pth it was converted from"),
     (b"GGUF", "a GGUF file; give the .pth it was converted from"),
@@ -39,7 +44,7 @@ _OTHER_FILES = (
     (b"\x93NUMPY", "a numpy array"),
     (b"\x7fELF", "a program or library"),
 )
-_EXPECTED = "a .pth, a .safetensors or a Hugging Face folder of RWKV-4 is expected"
+_EXPECTED = "a .pth, .safetensors, rwkv.cpp .bin, .fr or Hugging Face folder of RWKV-4 is expected"
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, scan: bool = True) -> Weights:
@@ -65,28 +70,43 @@ def load_checkpoint(path: str | os.PathLike[str], *, scan: bool = True) -> Weigh
     return weights
 
 
-def save_checkpoint(weights: Weights, path: str | os.PathLike[str], format: str, scheme: str | None = None) -> None:
-    """Write ``weights`` as ``pth``, ``safetensors`` (both in BlinkDL's layout) or ``hf`` (a folder).
+def save_checkpoint(
+    weights: Weights,
+    path: str | os.PathLike[str],
+    format: str,
+    scheme: str | None = None,
+    tell: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write ``weights`` as ``pth``, ``safetensors`` (both in BlinkDL's layout), ``hf`` (a folder), ``ggml`` or ``fr``.
 
-    scheme  ``fp32``, ``fp16`` or ``bf16`` for every tensor; ``None`` keeps each as stored, bit by bit
+    scheme  ``fp32``, ``fp16`` or ``bf16`` for every tensor; ``None`` keeps each as stored, bit by bit.
+            ``ggml`` (rwkv.cpp) and ``fr`` (faster-rwkv) have their own, :data:`reference.ggml_file.SCHEMES`
+            and :data:`reference.fr_file.SCHEMES`; ``None`` keeps the matrices as stored where the format
+            has the type, and makes them float32 where not
+    tell    called with the name of every tensor as its turn comes
 
     The file or folder appears when it is complete. An existing file is replaced, an existing folder
     that is not empty never. Finite values that become Inf are written, with a
-    :class:`NonFiniteWeights` warning. ``rescale_every`` is kept by ``hf`` only.
+    :class:`NonFiniteWeights` warning. What a format cannot keep is told by
+    :func:`reference.lost.lost`.
 
     Raises :class:`ConfigError` for an unknown format or scheme, :class:`CheckpointError` where the
     file cannot be written.
     """
     _check_format(format)
-    check_scheme(scheme)
-    target, encoder = os.fspath(path), Encoder(scheme)
-    tensors = {name: reshaped(tensor, _file_shape(name, tensor.shape)) for name, tensor in weights.items()}
-    metadata = {**weights.metadata, **({"synthetic": "true"} if weights.synthetic else {})}
+    check_scheme(scheme, _CONVERTED[format].SCHEMES if format in _CONVERTED else None)
+    target, metadata = os.fspath(path), {**weights.metadata, **({"synthetic": "true"} if weights.synthetic else {})}
+    encoder = Encoder(None if format in _CONVERTED else scheme, tell)
     if format == "hf":
-        hf_folder.write(target, tensors, weights.config, metadata, encoder)
+        hf_folder.write(target, _file_shapes(weights), weights.config, metadata, encoder)
     else:
         with atomic_file(target) as file:
-            (pth_file if format == "pth" else safetensors_file).write(file, tensors, metadata, encoder)
+            if format in _CONVERTED:
+                converter = _CONVERTED[format]
+                converter.write(file, weights, weights.config, scheme or converter.kept_scheme(weights), encoder)
+            else:
+                writer = pth_file if format == "pth" else safetensors_file
+                writer.write(file, _file_shapes(weights), metadata, encoder)
     if encoder.overflowed:
         message = f"{target}: values too large for {scheme} became Inf in {_first(encoder.overflowed)}"
         warnings.warn(NonFiniteWeights(message), stacklevel=2)
@@ -100,6 +120,10 @@ def read_file(path: str) -> TensorFile:
         return pth_file.read(file)
     if safetensors_file.recognise(head):
         return safetensors_file.read(file)
+    if ggml_file.recognise(head):
+        return ggml_file.read(file)
+    if fr_file.recognise(head):
+        return fr_file.read(file)
     raise CheckpointError(f"{path}: {_describe(head, os.path.basename(path))}")
 
 
@@ -188,9 +212,10 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """BlinkDL's files hold the mixing vectors as ``(1, 1, n_embd)``."""
-    return (1, 1, *shape) if ".time_mix_" in name and not is_matrix(name) else shape
+def _file_shapes(weights: Weights) -> dict[str, Tensor]:
+    """The tensors as BlinkDL's files hold them: the mixing vectors are ``(1, 1, n_embd)``."""
+    mixing = {name: (1, 1, *tensor.shape) for name, tensor in weights.items() if ".time_mix_" in name}
+    return {name: reshaped(tensor, mixing.get(name, tensor.shape)) for name, tensor in weights.items()}
 
 
 def _check_format(format: str) -> None:

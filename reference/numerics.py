@@ -43,11 +43,11 @@ def _to_bf16(x: np.ndarray) -> np.ndarray:
     return bf16_to_f32(f32_to_bf16(x))
 
 
-def int8_per_block(x: np.ndarray, block: int = 32) -> np.ndarray:
-    """Round ``x (..., K)`` to int8 per block of 32 along K: ggml's Q8_0 of activations.
+def int8_per_block(x: np.ndarray, block: int = 32, scales: Rounding = _to_fp16) -> np.ndarray:
+    """Round ``x (..., K)`` to int8 per block along K, by default as ggml's Q8_0 does with activations.
 
-    The scale is ``max|x| / 127`` of its block, kept in fp16 as ggml keeps it. A last block that is
-    not full has a scale of its own.
+    The scale is ``max|x| / 127`` of its block, kept in the type that ``scales`` rounds to. A last block
+    that is not full has a scale of its own.
     """
     k = x.shape[-1]
     padded = np.zeros((*x.shape[:-1], -(-k // block) * block), dtype=np.float32)
@@ -56,23 +56,69 @@ def int8_per_block(x: np.ndarray, block: int = 32) -> np.ndarray:
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
     # A scale that is subnormal in float32 is zero in fp16, and so is the block.
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
-    rounded = np.round(blocks * inverse) * _to_fp16(scale)
+    rounded = np.round(blocks * inverse) * scales(scale)
     return np.asarray(rounded.reshape(padded.shape)[..., :k])
 
 
-#: Type name -> rounding to it. ``int8x32`` rounds matrix-product inputs only; see :class:`Emulated`.
+def _to_int8x64(x: np.ndarray) -> np.ndarray:
+    return int8_per_block(x, 64, _to_fp32)
+
+
+def _to_int8x256(x: np.ndarray) -> np.ndarray:
+    return int8_per_block(x, 256, _to_fp32)
+
+
+def int4_per_block(x: np.ndarray, block: int = 32) -> np.ndarray:
+    """Round ``x (..., K)`` to -7..7 times ``max|x| / 7`` per block along K, which K is a multiple of."""
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(7)
+    return np.asarray(_to_steps(blocks, scale).reshape(x.shape))
+
+
+def uint4_per_block(x: np.ndarray, block: int = 32) -> np.ndarray:
+    """Round ``x (..., K)`` to 16 even steps from minimum to maximum per block along K, which K is a multiple of."""
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    low = blocks.min(axis=-1, keepdims=True)
+    scale = (blocks.max(axis=-1, keepdims=True) - low) / np.float32(15)
+    return np.asarray((_to_steps(blocks - low, scale) + low).reshape(x.shape))
+
+
+def _to_steps(blocks: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.asarray(np.round(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0)) * scale)
+
+
+#: Type name -> rounding to it.
 ROUND: dict[str, Rounding] = {"fp32": _to_fp32, "fp16": _to_fp16, "bf16": _to_bf16}
 
+#: Types that only the inputs of matrix products are rounded to: ggml's, BigDL's (int8x64), and what ggml had in
+#: April 2023 (int4x32, uint4x32). Scales are fp16 in int8x32 and fp32 in the others.
+INPUTS: dict[str, Rounding] = {
+    "fp16in": _to_fp16,
+    "int8x32": int8_per_block,
+    "int8x64": _to_int8x64,
+    "int8x256": _to_int8x256,
+    "int4x32": int4_per_block,
+    "uint4x32": uint4_per_block,
+}
+
 #: Unit roundoff: the largest relative error of one rounding to the type.
-UNIT_ROUNDOFF: dict[str, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8x32": 2.0**-8}
+UNIT_ROUNDOFF: dict[str, float] = {
+    "fp32": 2.0**-24,
+    "fp16": 2.0**-11,
+    "bf16": 2.0**-8,
+    "fp16in": 2.0**-11,
+    **dict.fromkeys(("int8x32", "int8x64", "int8x256"), 2.0**-8),
+    "int4x32": 2.0**-4,
+    "uint4x32": 2.0**-5,
+}
 
 
 @dataclass(frozen=True)
 class Arithmetic:
     """How a backend computes, as it declares it.
 
-    activations   result of every operation: ``fp32``, ``fp16``, ``bf16``; or ``int8x32``: inputs of
-                  matrix products rounded to int8 per block of 32, everything else fp32
+    activations   result of every operation: ``fp32``, ``fp16``, ``bf16``; or one of ``INPUTS``, such as
+                  ``int8x32``: inputs of matrix products rounded to int8 per block of 32, everything else fp32
     accumulation  partial sums of matrix products
     residual      the stream ``x`` that each block adds to
     wkv           the WKV recurrence and its state
@@ -89,7 +135,7 @@ class Arithmetic:
     def __post_init__(self) -> None:
         for name in ("activations", "accumulation", "residual", "wkv"):
             value = getattr(self, name)
-            allowed = (*ROUND, "int8x32") if name == "activations" else tuple(ROUND)
+            allowed = (*ROUND, *INPUTS) if name == "activations" else tuple(ROUND)
             if value not in allowed:
                 raise ValueError(f"arithmetic: {name} is {value!r}; known: {', '.join(allowed)}")
         if self.chain < 1:
@@ -154,11 +200,15 @@ class Emulated:
         self.residual = self._rounding(arithmetic.residual)
         self.wkv = self._rounding(arithmetic.wkv)
         self._accumulate = ROUND[arithmetic.accumulation]
-        self._inputs = int8_per_block if arithmetic.activations == "int8x32" else _to_fp32
+        # Blocks have a grid that moves with their values, so shifting it would change nothing.
+        inputs = INPUTS.get(arithmetic.activations, _to_fp32)
+        self._inputs = self._drawn(inputs) if inputs is _to_fp16 else inputs
 
     def _rounding(self, kind: str) -> Rounding:
-        """Rounding to a type; ``int8x32`` rounds only the inputs of products."""
-        exact = ROUND.get(kind, _to_fp32)
+        """Rounding to a type; those of ``INPUTS`` round only the inputs of products."""
+        return self._drawn(ROUND.get(kind, _to_fp32))
+
+    def _drawn(self, exact: Rounding) -> Rounding:
         if self._exactly or exact is _to_fp32:
             return exact
 

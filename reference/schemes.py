@@ -19,10 +19,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from reference.codecs_ggml import Q4_0, Q8_0
+from reference.codecs_bigdl import ASYM_INT4, SYM_INT4, SYM_INT5, SYM_INT8
+from reference.codecs_ggml import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from reference.codecs_ggml_v100 import Q4_0_V100, Q4_1_O, Q4_1_V100
 from reference.codecs_mlc import MlcGroups
+from reference.codecs_rwkv_int8 import RwkvInt8
 from reference.config import Config, is_matrix, tensor_shapes
 from reference.errors import ConfigError
+from reference.packed_tensor import PackedTensor
 from reference.weights import STORED_TYPES, Tensor, Weights, f32_to_bf16
 
 SCHEME_CLASSES = ("f32", "f16", "bf16", "int8", "int5", "int4", "int3")
@@ -87,6 +91,8 @@ class Packed:
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         self._check(name, tensor.shape)
+        if isinstance(tensor, PackedTensor) and tensor.read.packing is self.packing:
+            return tensor  # of a file that holds it packed so: packing its values again could move them
         return _converted(tensor, "f32", lambda w: self.packing.dequantize(self.packing.quantize(w)))
 
     def nbytes(self, name: str, shape: tuple[int, ...], source: str) -> int:
@@ -157,17 +163,51 @@ def _ggml(packing: Packing) -> Codec:
     return Codec(Packed(packing), embedding=SOURCE, head=SOURCE, vectors=F32)
 
 
+def _bigdl(packing: Packing) -> Codec:
+    """BigDL-LLM: every linear layer and the head are quantized; embedding and vectors are float32."""
+    return Codec(Packed(packing), embedding=F32, head=Packed(packing), vectors=F32)
+
+
+def _chatrwkv(kept: Floats, numpy_type: Any) -> Codec:
+    """The rwkv package: matrices and head packed from a file of the activations' type, everything else as in it."""
+    packed = RwkvInt8(numpy_type)
+    return Codec(packed, embedding=kept, head=packed, vectors=kept)
+
+
 _ALL = (
     Scheme("fp32", "f32", 32, "IEEE single", _floats(F32)),
     Scheme("fp16", "f16", 16, "IEEE half", _floats(F16)),
     Scheme("bf16", "bf16", 16, "bfloat16", _floats(BF16)),
+    Scheme("ncnn fp16", "bf16", 16, "faster-rwkv: matrices bfloat16, embedding int8 after ln0", None),
     Scheme("q0f32", "f32", 32, "MLC: not quantized, fp32", _mlc(F32, F32)),
     Scheme("q0f16", "f16", 16, "MLC: not quantized, fp16", _mlc(F16, F16)),
     Scheme("q4f32_1", "int4", 5, "MLC: int4, group 32, fp32 scales", _mlc(Packed(MlcGroups(4, np.float32)), F32)),
     Scheme("q4f16_1", "int4", 4.5, "MLC: int4, group 32, fp16 scales", _mlc(Packed(MlcGroups(4, np.float16)), F16)),
     Scheme("q8f16_1", "int8", 8.5, "MLC: int8, group 32, fp16 scales", _mlc(Packed(MlcGroups(8, np.float16)), F16)),
+    Scheme("FP32", "f32", 32, "rwkv.cpp: not quantized, fp32", _floats(F32)),
+    Scheme(
+        "FP16", "f16", 16, "rwkv.cpp: matrices fp16, vectors fp32", Codec(F16, embedding=F16, head=F16, vectors=F32)
+    ),
     Scheme("Q4_0", "int4", 4.5, "ggml: int4, block 32, fp16 scales", _ggml(Q4_0)),
+    Scheme("Q4_1", "int4", 5, "ggml: int4, block 32, fp16 scales and minima", _ggml(Q4_1)),
+    Scheme("Q5_0", "int5", 5.5, "ggml: int5, block 32, fp16 scales", _ggml(Q5_0)),
+    Scheme("Q5_1", "int5", 6, "ggml: int5, block 32, fp16 scales and minima", _ggml(Q5_1)),
     Scheme("Q8_0", "int8", 8.5, "ggml: int8, block 32, fp16 scales", _ggml(Q8_0)),
+    Scheme("Q4_K", "int4", 4.5, "ggml: int4, block 256 of 8 with 6-bit scales and minima", None),
+    Scheme("Q5_K", "int5", 5.5, "ggml: int5, block 256 of 8 with 6-bit scales and minima", None),
+    Scheme("Q4_0_v100", "int4", 5, "rwkv.cpp, April 2023: int4, block 32, fp32 scales", _ggml(Q4_0_V100)),
+    Scheme("Q4_1_v100", "int4", 6, "rwkv.cpp, April 2023: int4, block 32, fp32 scales and minima", _ggml(Q4_1_V100)),
+    Scheme("Q4_1_O", "int4", 6, "rwkv.cpp, April 2023: int4, block 32, fp16 outlier, scale, minimum", _ggml(Q4_1_O)),
+    Scheme("sym_int4", "int4", 4.25, "BigDL: int4, block 64, fp16 scales", _bigdl(SYM_INT4)),
+    Scheme("asym_int4", "int4", 4.5, "BigDL: int4, block 64, fp16 scales and minima", _bigdl(ASYM_INT4)),
+    Scheme("sym_int5", "int5", 5.25, "BigDL: int5, block 64, fp16 scales", _bigdl(SYM_INT5)),
+    Scheme("sym_int8", "int8", 8.5, "BigDL: int8, block 64, fp32 scales", _bigdl(SYM_INT8)),
+    Scheme(
+        "fp32i8", "int8", 8, "ChatRWKV: int8, fp32 scales and offsets per row and column", _chatrwkv(F32, np.float32)
+    ),
+    Scheme(
+        "fp16i8", "int8", 8, "ChatRWKV: int8, fp16 scales and offsets per row and column", _chatrwkv(F16, np.float16)
+    ),
 )
 
 #: Scheme name -> scheme.
@@ -178,7 +218,7 @@ def get_scheme(name: str) -> Scheme:
     """The scheme of a name; raises :class:`ConfigError` with the nearest and all names."""
     if name in SCHEMES:
         return SCHEMES[name]
-    folded = {known.lower(): known for known in SCHEMES}
+    folded = {known.lower(): known for known in reversed(SCHEMES)}  # fp16 before rwkv.cpp's FP16
     near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     hint = f"did you mean {folded[near[0]]!r}? " if near else ""
     raise ConfigError(f"no scheme {name!r}; {hint}schemes: {', '.join(SCHEMES)}")

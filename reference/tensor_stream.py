@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from reference.codecs_ggml import GgmlBlocks
 from reference.errors import CheckpointError, ConfigError
+from reference.packed_tensor import PackedTensor
 from reference.tensor_file import count, release
 from reference.weights import STORED_TYPES, Tensor, bf16_to_f32, f32_to_bf16
 
@@ -18,13 +20,15 @@ SCHEMES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _BLOCK = 1 << 21  # elements; with the temporaries of a conversion, some 50 MiB
 
 
-def check_scheme(scheme: str | None) -> None:
-    """Raises :class:`ConfigError` with the list for a scheme that checkpoint files do not have."""
-    if scheme is not None and scheme not in SCHEMES:
-        near = difflib.get_close_matches(str(scheme), SCHEMES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+def check_scheme(scheme: str | None, names: Sequence[str] | None = None) -> None:
+    """Raises :class:`ConfigError` with the list for a scheme that is none of ``names`` (default: SCHEMES)."""
+    names = tuple(SCHEMES) if names is None else names
+    if scheme is not None and scheme not in names:
+        folded = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(str(scheme).lower(), folded, n=1)
+        hint = f"did you mean {folded[near[0]]!r}? " if near else ""
         raise ConfigError(
-            f"no checkpoint scheme {scheme!r}; {hint}choose from {', '.join(SCHEMES)}, or none to keep the stored type"
+            f"no checkpoint scheme {scheme!r}; {hint}choose from {', '.join(names)}, or none to keep the stored type"
         )
 
 
@@ -32,23 +36,26 @@ def check_scheme(scheme: str | None) -> None:
 class Encoder:
     """Encodes tensors in ``scheme`` (``None``: as they are stored), and remembers which overflowed.
 
+    tell        called with the name of every tensor as its turn comes
     overflowed  tensors whose finite values became Inf in the narrower type
     """
 
     scheme: str | None = None
+    tell: Callable[[str], None] = lambda name: None
     overflowed: list[str] = field(default_factory=list)
 
     def stored(self, tensor: Tensor) -> str:
         """The stored type that ``tensor`` is written in."""
         return tensor.stored if self.scheme is None else SCHEMES[self.scheme]
 
-    def blocks(self, name: str, tensor: Tensor) -> Iterator[memoryview]:
-        """The bytes of ``tensor`` in row-major order. One whole tensor is resident at most."""
-        target = self.stored(tensor)
-        raw = tensor.read()
-        if raw.size != count(tensor.shape) or raw.dtype != STORED_TYPES[tensor.stored]:
-            raise CheckpointError(f"tensor {name} holds {raw.dtype} {raw.shape}, not {tensor.stored} {tensor.shape}")
-        flat = raw.reshape(-1)
+    def blocks(self, name: str, tensor: Tensor, target: str | None = None) -> Iterator[memoryview]:
+        """The bytes of ``tensor`` in row-major order, in the stored type ``target`` where it is given.
+
+        One whole tensor is resident at most.
+        """
+        self.tell(name)
+        target = target or self.stored(tensor)
+        flat = checked(name, tensor).reshape(-1)
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK]
             if target != tensor.stored:
@@ -57,6 +64,26 @@ class Encoder:
                     self.overflowed.append(name)
             yield np.ascontiguousarray(block).view(np.uint8).data
         release(tensor)
+
+    def packed(self, name: str, tensor: Tensor, packing: GgmlBlocks) -> Iterator[memoryview]:
+        """The bytes of a matrix packed by ``packing``, row after row; copied where it is packed so already."""
+        self.tell(name)
+        if isinstance(tensor, PackedTensor) and tensor.read.packing is packing:
+            yield from tensor.read.blocks()
+            return
+        matrix = Tensor.of(checked(name, tensor), tensor.stored)
+        step = max(1, _BLOCK // 4 // matrix.shape[1])
+        for start in range(0, matrix.shape[0], step):
+            yield np.ascontiguousarray(packing.quantize(matrix.rows(slice(start, start + step)))).data
+        release(tensor)
+
+
+def checked(name: str, tensor: Tensor) -> np.ndarray:
+    """The raw array of a tensor; raises :class:`CheckpointError` where it is not what the tensor says."""
+    raw = tensor.read()
+    if raw.size != count(tensor.shape) or raw.dtype != STORED_TYPES[tensor.stored]:
+        raise CheckpointError(f"tensor {name} holds {raw.dtype} {raw.shape}, not {tensor.stored} {tensor.shape}")
+    return raw
 
 
 def convert(raw: np.ndarray, stored: str, target: str) -> tuple[np.ndarray, bool]:

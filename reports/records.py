@@ -31,9 +31,31 @@ def _section(name: str, records: Records, width: int | None) -> str:
     keys = list(dict.fromkeys(key for record in records for key in record))
     lines = [keys, *([_text(record.get(key)) for key in keys] for record in records)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
-    while width is not None and sum(widths) + 2 * len(widths) > width and max(widths) > _NARROWEST:
-        widths[widths.index(max(widths))] -= 1
+    least = [min(most, max(_NARROWEST, longest)) for most, longest in zip(widths, _words(lines), strict=True)]
+    room = None if width is None else width - 2 * len(widths)
+    if room is not None and sum(least) > room:
+        return f"{name}:\n" + "".join(_block(keys, line, width or 0) for line in lines[1:])
+    while room is not None and sum(widths) > room:
+        spare = [w if w > low else 0 for w, low in zip(widths, least, strict=True)]
+        widths[spare.index(max(spare))] -= 1
     return f"{name}:\n" + "".join(f"  {row}\n" for line in lines for row in _rows(line, widths))
+
+
+def _words(lines: Sequence[Sequence[str]]) -> list[int]:
+    """Length of the longest word of each column: it is not broken."""
+    return [
+        max((len(word) for cell in column for word in cell.split()), default=0) for column in zip(*lines, strict=True)
+    ]
+
+
+def _block(keys: Sequence[str], line: Sequence[str], width: int) -> str:
+    """One record below another, where its columns do not fit beside each other."""
+    margin = 4 + max(map(len, keys))
+    text = ""
+    for key, cell in zip(keys, line, strict=True):
+        wrapped = textwrap.wrap(cell, max(_NARROWEST, width - margin), break_on_hyphens=False, break_long_words=False)
+        text += "".join(f"  {key if not i else '':{margin - 2}}{part}\n" for i, part in enumerate(wrapped))
+    return text + "\n"
 
 
 def _rows(line: Sequence[str], widths: Sequence[int]) -> list[str]:

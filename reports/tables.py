@@ -51,21 +51,24 @@ def speed_table(rows: Sequence[Row]) -> Table:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """The speed table of what was run here, and a table of its own for what others have published."""
-    ran = [row for row in rows if row.kind in ("measured", "recorded")]
-    claimed = [row for row in rows if row.kind not in ("measured", "recorded")]
-    return [table for table in (ran and speed_table(ran), claimed and claims_table(claimed)) if table]
+    """The speed table of what was judged, and tables of their own for what others' programs printed or published."""
+    judged = [row for row in rows if row.kind == "measured" or row.verdict]
+    printed = [row for row in rows if row.kind == "recorded" and not row.verdict]
+    claimed = [row for row in rows if row.kind in ("published", "predicted")]
+    found = [speed_table(judged)] if judged else []
+    found += [claims_table(printed, "recorded figures, printed by other programs; parity unknown")] if printed else []
+    return found + ([claims_table(claimed, "published figures, not measured here")] if claimed else [])
 
 
-def claims_table(rows: Sequence[Row]) -> Table:
-    """Published and predicted rows: labelled as such, with their source, and without a verdict."""
+def claims_table(rows: Sequence[Row], title: str) -> Table:
+    """Recorded, published and predicted rows: labelled as such, with their source, and without a verdict."""
     lines = [
         (row.hardware, row.backend, row.model, row.scheme, row.metric, f"{_number(row.value)} {row.unit}", row.kind)
         for row in rows
     ]
     header = ("hardware", "backend", "model", "scheme", "metric", "value", "kind")
     sources = dict.fromkeys(str(row.extra["source"]) for row in rows if "source" in row.extra)
-    return Table("published figures, not measured here", header, tuple(lines), tuple(f"source: {s}" for s in sources))
+    return Table(title, header, tuple(lines), tuple(f"source: {s}" for s in sources))
 
 
 def markdown(table: Table) -> str:

@@ -1,7 +1,7 @@
 """The contract of a backend over a loaded ``RwkvForCausalLM``, stock or patched (BigDL-LLM, ipex-llm).
 
-Official code: transformers, src/transformers/models/rwkv/modeling_rwkv.py; of RWKV-4 it is the same from
-4.31 to 4.57, but for the initialisation of weights. What it means for us:
+Official code: transformers, src/transformers/models/rwkv/modeling_rwkv.py, whose inference is the same from
+4.31 to 4.57. What it means for us:
 
 * The state is five tensors ``(batch, n_embd, n_layer)``: ffn_x, att_x, aa, bb, pp, the canonical order of
   rows. A call writes to the state it is given, so each call here gets a copy.
@@ -17,6 +17,7 @@ Official code: transformers, src/transformers/models/rwkv/modeling_rwkv.py; of R
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,13 +70,19 @@ class HfSession:
     model    called as ``model(ids, state=..., use_cache=True)``, giving ``.logits`` and ``.state``
     threads  CPU threads of torch, kept so at every call; ``None`` leaves them alone
     runtime  name for messages
+    inference_mode  run under ``torch.inference_mode``, as BigDL's examples do, not ``no_grad``, as transformers does
     """
 
-    def __init__(self, model: Any, config: Config, threads: int | None, runtime: str) -> None:
+    def __init__(
+        self, model: Any, config: Config, threads: int | None, runtime: str, inference_mode: bool = False
+    ) -> None:
+        import torch
+
         self._model = model.eval()
         self._config = config
         self._threads = threads
         self._runtime = runtime
+        self._without_gradients = torch.inference_mode if inference_mode else torch.no_grad
         embedding = model.get_input_embeddings().weight
         self._device, self._dtype = embedding.device, embedding.dtype
         settle(threads, runtime)
@@ -88,8 +95,11 @@ class HfSession:
         return to_numpy(self._run(tokens, state)[0])
 
     def trace(self, tokens: Sequence[int], state: State | None, tap: Tap) -> tuple[np.ndarray, State]:
-        with _hooked(self._model, self._config.n_layer, tap):
+        seen: dict[str, np.ndarray] = {}
+        with _hooked(self._model, self._config.n_layer, seen.__setitem__):
             logits, new = self._run(tokens, state)
+        for name in sorted(seen, key=_place):  # a module's input is seen as it runs, not when it is made
+            tap(name, seen[name])
         tap("logits", to_numpy(logits))
         return to_numpy(logits[-1]), new
 
@@ -122,7 +132,7 @@ class HfSession:
         import torch
 
         settle(self._threads, self._runtime)
-        with torch.inference_mode():
+        with self._without_gradients():
             ids = torch.from_numpy(check_tokens(tokens, self._config.n_vocab))[None].to(self._device)
             past = None if state is None else [row.clone() for row in state]
             out = self._model(ids, state=past, use_cache=True)
@@ -132,6 +142,21 @@ class HfSession:
                 "switch its shortcut for the last position off"
             )
         return out.logits[0], out.state
+
+
+#: Trace points of a block in the order of DESIGN's list.
+_ORDER = (
+    *("ln0", "ln1", "att.xk", "att.xv", "att.xr", "att.k", "att.v", "att.rwkv", "att.out", "att.residual"),
+    *("ln2", "ffn.xk", "ffn.xr", "ffn.k", "ffn.k2", "ffn.v", "ffn.out", "ffn.residual"),
+)
+
+
+def _place(point: str) -> tuple[int, int]:
+    """Where a trace point stands in execution order."""
+    words = point.split(".", 2)
+    if words[0] != "blocks":
+        return (-1 if point == "emb" else sys.maxsize, 0)
+    return int(words[1]), _ORDER.index(words[2])
 
 
 @contextmanager

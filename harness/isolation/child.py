@@ -6,40 +6,38 @@ ChildTimedOut  it gave no sign of life for the time limit and was killed
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
+from harness.isolation import leftovers, lifeline
 from harness.isolation.frames import Channel, ChannelClosed, FrameError
+from harness.isolation.tail import Tail
 
 #: Seconds without a frame after which a child counts as hung, unless asked otherwise.
 TIMEOUT_SECONDS = 600.0
 
 #: Seconds that a child which was asked to close gets before it is killed.
-_CLOSING_SECONDS = 10.0
+CLOSING_SECONDS = 10.0
 
 #: How often a silent child is looked at: a death that does not close the channel is seen this late.
 _POLL_SECONDS = 0.2
 
-_TAIL_BYTES = 32 << 10
 _LAST_LINES = 5
 
-#: Names private folders, so that those of a killed parent can be told and removed.
-_PREFIX = "rwkv-bench-child-"
-
 _alive: weakref.WeakSet[Child] = weakref.WeakSet()
+
+#: Held while a process group is signalled or its leader reaped, so that no signal goes to a number given away.
+_signalling = threading.RLock()
 
 
 class ChildDied(Exception):
@@ -66,71 +64,129 @@ class Child:
         over_stdio: bool = False,
     ) -> None:
         self.timeout = TIMEOUT_SECONDS if timeout is None else timeout
+        if not self.timeout > 0:
+            raise ValueError(f"a time limit of {self.timeout} s; more than 0 is needed")
         self.doing = "starting"
-        self._sweep()
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self.elsewhere = over_stdio
+        self._owner = os.getpid()
+        self._limit, self._deadline = self.timeout, 0.0
+        self._busy, self._stopped = False, 0
+        self._end: ChildDied | ChildTimedOut | None = None
+        leftovers.sweep()
+        self._private = leftovers.Folder()
+        self.folder = self._private.path
         try:
-            self.process, self._near = _started(command, {**environment, "TMPDIR": str(self.folder)}, over_stdio)
+            started = _started(command, {**environment, "TMPDIR": str(self.folder)}, over_stdio)
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._private.remove()
             raise
-        for file in self._near:
-            os.set_blocking(file.fileno(), False)
-        self._out = None if over_stdio else _Tail(self.process.stdout)
-        self._err = _Tail(self.process.stderr)
-        self._deadline = 0.0
-        self.channel = Channel(self._near[0].fileno(), self._near[1].fileno(), self._wait)
+        self.process, self._near, self._lifeline = started
+        self._out: Tail | None = None
+        self._err: Tail | None = None
         _alive.add(self)
+        try:
+            self._err = Tail(self.process.stderr)
+            self._out = None if over_stdio else Tail(self.process.stdout)
+            for file in self._near:
+                os.set_blocking(file.fileno(), False)
+        except BaseException:
+            self.kill()
+            raise
+        self.channel_file = self._near[0].fileno()
+        self.channel = Channel(self._near[0].fileno(), self._near[1].fileno(), self._wait)
 
     @contextmanager
-    def waiting(self, doing: str) -> Iterator[None]:
-        """Talk over the channel inside; a child that dies or falls silent raises ChildDied or ChildTimedOut."""
-        self.doing = doing
+    def waiting(self, doing: str, limit: float | None = None) -> Iterator[None]:
+        """Talk over the channel inside; a child that dies or falls silent raises ChildDied or ChildTimedOut.
+
+        Whatever else is raised inside, Ctrl-C included, may have cut a frame in two: the child is killed.
+        """
+        if self not in _alive:  # its descriptors may belong to somebody else by now
+            raise ChildDied(f"it was ended before {doing}") if self._end is None else type(self._end)(str(self._end))
+        self.doing, self._limit = doing, limit or self.timeout
         self.sign_of_life()
+        self._begin()
         try:
             yield
         except (ChannelClosed, FrameError) as error:
-            broken = str(error) if isinstance(error, FrameError) else ""
-            how = self._how_it_ended(broken)
+            how = self.how_it_ended(str(error) if isinstance(error, FrameError) else "")
             self.kill()
-            raise ChildDied(how + self.last_words()) from None
+            self._end = ChildDied(how + self.last_words())
+            raise self._end from None
         except _Silent:
             self.kill()
-            text = f"no sign of life for {self.timeout:g} s during {doing}; killed"
-            raise ChildTimedOut(text + self.last_words()) from None
+            text = f"no sign of life for {self._limit:g} s during {doing}; killed"
+            self._end = ChildTimedOut(text + self.last_words())
+            raise self._end from None
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            self._busy = False
 
     def sign_of_life(self) -> None:
         """The time limit starts anew."""
-        self._deadline = time.monotonic() + self.timeout
+        self._deadline = time.monotonic() + self._limit
+
+    def stop(self) -> bool:
+        """Stop its processes, unless somebody is waiting for it; whether :meth:`go_on` is to be called."""
+        with _signalling:
+            if self.elsewhere or self._busy or not self._signal(signal.SIGSTOP):
+                return False
+            self._stopped += 1
+            return True
+
+    def go_on(self) -> None:
+        """Undo one :meth:`stop`."""
+        with _signalling:
+            self._stopped -= 1
+            if not self._stopped:
+                self._signal(signal.SIGCONT)
 
     def end(self) -> None:
         """After it was asked to close: wait a little, then kill whatever is left."""
-        with suppress(subprocess.TimeoutExpired):
-            self._await_exit(_CLOSING_SECONDS)
+        if self in _alive:
+            with suppress(subprocess.TimeoutExpired):
+                self._await_exit(CLOSING_SECONDS)
         self.kill()
 
     def kill(self) -> None:
-        """Kill the process and all it has started, free what it held. May be called again."""
+        """Kill the process and all it has started, free what it held. May be called again, after Ctrl-C too."""
         if self not in _alive:
             return
-        _alive.discard(self)
-        # The leader is not reaped before this, so the group's number cannot have been given to another.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for file in self._near:
+        with _signalling:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
+        for file in (*self._near, *self._lifeline):
             file.close()
+        self._private.remove()
         for tail in (self._out, self._err):
             if tail is not None:
                 tail.finish()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _alive.discard(self)
+
+    def _begin(self) -> None:
+        """From now on it runs, though another session may just be measured: somebody waits for it."""
+        with _signalling:
+            self._busy = True
+            if self._stopped:
+                self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> bool:
+        """Signal its process group, which has its number for as long as the leader is not reaped."""
+        if self.process.returncode is not None:
+            return False
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+        return True
 
     def last_words(self) -> str:
         """The last lines it wrote to stderr, else to stdout, for a message; empty if there are none."""
-        lines = self._err.lines() or (self._out.lines() if self._out else [])
+        lines = next((lines for tail in (self._err, self._out) if tail and (lines := tail.lines())), [])
         return f"; last words: {' | '.join(lines[-_LAST_LINES:])}" if lines else ""
 
-    def _how_it_ended(self, broken: str) -> str:
+    def how_it_ended(self, broken: str = "") -> str:
+        """Signal, exit status or what else was wrong, and during what; waits a moment for the process to end."""
         while_doing = f"during {self.doing}"
         with suppress(subprocess.TimeoutExpired):
             self._await_exit(1.0)
@@ -139,6 +195,8 @@ class Child:
             return f"sent {broken} {while_doing}"
         if code is None:
             return f"closed its channel {while_doing} and went on running; killed"
+        if self.elsewhere and code == 255:  # what ssh says of its own failures
+            return f"the connection was lost {while_doing}"
         if code < 0:
             name = signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else f"signal {-code}"
             why = ", which nobody here sent: out of memory is the usual cause" if -code == signal.SIGKILL else ""
@@ -152,7 +210,10 @@ class Child:
             return self.process.poll()
         if self.process.returncode is not None:
             return self.process.returncode
-        found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        try:
+            found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:  # somebody else has collected it
+            return self.process.poll()
         if found is None:
             return None
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
@@ -168,44 +229,47 @@ class Child:
         """Until the channel can be read or written; see :data:`harness.isolation.frames.Wait`."""
         while True:
             left = self._deadline - time.monotonic()
+            # What has come counts even after the limit: this process, not the child, may have been stopped.
+            if _ready(file, select.POLLOUT if writing else select.POLLIN, min(max(left, 0), _POLL_SECONDS)):
+                return
             if left <= 0:
                 raise _Silent
-            if _ready(file, select.POLLOUT if writing else select.POLLIN, min(left, _POLL_SECONDS)):
-                return
             if self._exit_code() is not None and not _ready(file, select.POLLIN, 0):
                 raise ChannelClosed("the process has ended")
-
-    @staticmethod
-    def _sweep() -> None:
-        """Remove the folders of children whose parent was killed."""
-        for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            owner = folder.name[len(_PREFIX) :].partition("-")[0]
-            if owner.isdigit() and not _exists(int(owner)):
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def alone(child: Child | None) -> Iterator[None]:
-    """Stop every other child while this one (``None``: this process) is measured.
+    """Stop every other idle child while this one (``None``: this process) is measured.
 
-    The threads of an idle runtime may spin for a while after their last call, and take the cores.
+    The threads of an idle runtime may spin for a while after their last call, and take the cores. A child
+    that another thread waits for runs on: who measures two at once has asked for it.
     """
-    others = [other for other in list(_alive) if other is not child]
-    for other in others:
-        with suppress(ProcessLookupError):
-            os.killpg(other.process.pid, signal.SIGSTOP)
+    stopped: list[Child] = []
     try:
+        for other in list(_alive):
+            if other is not child and other.stop():
+                stopped.append(other)
         yield
     finally:
-        for other in others:
-            with suppress(ProcessLookupError):
-                os.killpg(other.process.pid, signal.SIGCONT)
+        for other in stopped:
+            other.go_on()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Sessions that nobody closed."""
+    for child in list(_alive):
+        if child._owner == os.getpid():  # not in a fork of the owner
+            child.kill()
 
 
 def _started(
     command: Sequence[str], environment: Mapping[str, str], over_stdio: bool
-) -> tuple[subprocess.Popen[bytes], tuple[Any, Any]]:
-    """The process, and what its channel is read from and written to."""
+) -> tuple[subprocess.Popen[bytes], tuple[Any, Any], tuple[Any, ...]]:
+    """The process, what its channel is read from and written to, and what else is held open for it."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the kernel forgets how children end
     if over_stdio:
         process = subprocess.Popen(
             command,
@@ -216,73 +280,32 @@ def _started(
             env=environment,
             bufsize=0,
         )
-        return process, (process.stdout, process.stdin)
-    near, far = socket.socketpair()
-    try:
+        return process, (process.stdout, process.stdin), ()
+    with ExitStack() as ours, ExitStack() as theirs:
+        near, far = socket.socketpair()
+        ours.enter_context(near)
+        theirs.enter_context(far)
+        read_end, write_end = os.pipe()
+        theirs.callback(os.close, read_end)
+        line = ours.enter_context(os.fdopen(write_end, "wb", buffering=0))
         process = subprocess.Popen(
             [*command, str(far.fileno()), str(far.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(far.fileno(),),
+            pass_fds=(far.fileno(), read_end),
             start_new_session=True,
-            env=environment,
+            env={**environment, lifeline.VARIABLE: str(read_end)},
         )
-    except BaseException:
-        near.close()
-        raise
-    finally:
-        far.close()
-    return process, (near, near)
+        ours.pop_all()  # nothing has failed: they are the caller's now
+        return process, (near, near), (line,)
 
 
 class _Silent(Exception):
     """The time limit has passed."""
 
 
-class _Tail:
-    """Drains a pipe and keeps its end, so that a flood neither blocks the child nor fills memory or disk."""
-
-    def __init__(self, pipe: IO[bytes] | None) -> None:
-        assert pipe is not None
-        self._pipe = pipe
-        self._kept: deque[bytes] = deque()
-        self._size = 0
-        self._thread = threading.Thread(target=self._drain, name="tail", daemon=True)
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Wait for the end of the pipe; somebody who escaped the group may hold it open."""
-        self._thread.join(1.0)
-        if not self._thread.is_alive():
-            self._pipe.close()
-
-    def lines(self) -> list[str]:
-        """The last lines, printable, without empty ones."""
-        text = b"".join(list(self._kept))[-_TAIL_BYTES:].decode("utf-8", "replace")
-        shown = ("".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines())
-        return [line[:200] for line in shown if line]
-
-    def _drain(self) -> None:
-        with suppress(OSError, ValueError):
-            while block := os.read(self._pipe.fileno(), 1 << 16):
-                self._kept.append(block)
-                self._size += len(block)
-                while self._size - len(self._kept[0]) > _TAIL_BYTES:
-                    self._size -= len(self._kept.popleft())
-
-
 def _ready(file: int, event: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(file, event)
     return bool(poll.poll(1000 * seconds))
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

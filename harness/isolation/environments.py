@@ -73,13 +73,13 @@ def build(name: str, wanted: Requirements, tell: Tell) -> Environment:
     version, python = found
     folder = _folder(name, wanted, version)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _locked(folder, tell) as lock:
         environment = _ready(folder)
         if environment is not None:  # somebody else has built it meanwhile
             return environment
         shutil.rmtree(folder, ignore_errors=True)  # a half-built one
         try:
-            _install(folder, python, wanted, tell)
+            _install(folder, python, wanted, lock, tell)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -88,20 +88,19 @@ def build(name: str, wanted: Requirements, tell: Tell) -> Environment:
         return environment
 
 
-def _install(folder: Path, python: Path, wanted: Requirements, tell: Tell) -> None:
+def _install(folder: Path, python: Path, wanted: Requirements, lock: int, tell: Tell) -> None:
+    """With the pip that comes with that Python: a newer one would be a download that no header pins."""
     tell(f"python {_version(python)} -m venv")
-    _run([str(python), "-m", "venv", str(folder)], tell)
-    inside = str(_python(folder))
-    pip = [inside, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    _run([*pip, "install", "--upgrade", "pip", "setuptools<81", "wheel"], tell)
+    _run([str(python), "-m", "venv", str(folder)], lock, tell)
+    pip = [str(_python(folder)), "-m", "pip", "--disable-pip-version-check", "--no-input"]
     if wanted.dependencies:
-        _run([*pip, "install", *wanted.dependencies], tell)
+        _run([*pip, "install", *wanted.dependencies], lock, tell)
     if wanted.no_deps:
-        _run([*pip, "install", "--no-deps", *wanted.no_deps], tell)
-    lock = _run([*pip, "freeze", "--all"], lambda line: None).split()
+        _run([*pip, "install", "--no-deps", "--no-cache-dir", *wanted.no_deps], lock, tell)
+    installed = _run([*pip, "freeze", "--all"], lock, lambda line: None).splitlines()
     ready = {
         "python": _version(python),
-        "lock": sorted(lock),
+        "lock": sorted(installed),
         "requirements": vars(wanted),
         "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -110,8 +109,12 @@ def _install(folder: Path, python: Path, wanted: Requirements, tell: Tell) -> No
     os.replace(part, folder / READY)
 
 
-def _run(command: list[str], tell: Tell) -> str:
-    """Run one installer; its lines are progress. Raises :class:`SetupFailed` with its last words."""
+def _run(command: list[str], lock: int, tell: Tell) -> str:
+    """Run one installer; its lines are progress. Raises :class:`SetupFailed` with its last words.
+
+    It holds the lock as well: should this process be killed, nobody builds the folder anew while the
+    installer still writes into it.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     lines: list[str] = []
     process = subprocess.Popen(
@@ -120,6 +123,7 @@ def _run(command: list[str], tell: Tell) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
+        pass_fds=(lock,),
         start_new_session=True,
         text=True,
         errors="replace",
@@ -137,7 +141,8 @@ def _run(command: list[str], tell: Tell) -> str:
         raise
     if code != 0:
         said = [line for line in lines if re.match(r"(ERROR|error)", line)] or [line for line in lines if line][-1:]
-        raise SetupFailed(f"{' '.join(command[1:4])} failed with status {code}: {' | '.join(said[:2])[:400]}")
+        what = next(word for word in command if word in ("venv", "install", "freeze"))
+        raise SetupFailed(f"{what} failed with status {code}: {' | '.join(said[:2])[:400]}")
     return "\n".join(lines)
 
 
@@ -154,7 +159,10 @@ def _ready(folder: Path) -> Environment | None:
 def _folder(name: str, wanted: Requirements, version: str) -> Path:
     content = repr((RECIPE, wanted, version, platform.system(), platform.machine()))
     slug = re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower() if name.endswith(".py") else name.lower()).strip("-")
-    return cache_folder() / "environments" / f"{slug}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    root = os.environ.get("RWKV_BENCH_ENVIRONMENTS")
+    return (
+        Path(root) if root else cache_folder() / "environments"
+    ) / f"{slug}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def _python(folder: Path) -> Path:
@@ -162,22 +170,25 @@ def _python(folder: Path) -> Path:
 
 
 def _candidates(wanted: Requirements) -> list[str]:
-    """Versions (major.minor) that an environment may have been built with."""
-    return [version for version in _VERSIONS if wanted.takes(f"{version}.99")]
+    """Versions (major.minor) of which some release will do, our own first."""
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    versions = dict.fromkeys([own, *_VERSIONS])
+    return [version for version in versions if any(wanted.takes(f"{version}.{micro}") for micro in range(_MICROS))]
 
 
 #: Newest of which anything here is known to work first: wheels of older pins end with some version.
-_VERSIONS = tuple(f"3.{minor}" for minor in (11, 12, 10, 13, 14, 9, 8))
+_VERSIONS = tuple(f"3.{minor}" for minor in (11, 12, 10, 13, 14, 9))
+
+#: No release of Python 3 has had more bug-fix releases.
+_MICROS = 40
 
 
 def _interpreters(wanted: Requirements) -> Iterator[tuple[str, Path]]:
     """``(major.minor, interpreter)`` of this machine that will do; our own first."""
-    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    for version in dict.fromkeys([own, *_candidates(wanted)]):
-        if not wanted.takes(f"{version}.99"):
-            continue
+    for version in _candidates(wanted):
         for path in _places(version):
-            if _version(path).startswith(f"{version}."):
+            found = _version(path)
+            if found.startswith(f"{version}.") and wanted.takes(found):
                 yield version, path
                 break
 
@@ -214,8 +225,13 @@ def _no_python(name: str, wanted: Requirements) -> Unavailable:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, tell: Tell) -> Iterator[int]:
+    """One builder of a folder at a time; the descriptor that holds the lock."""
     with open(folder.with_suffix(".lock"), "w") as lock:
         if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                tell("waiting for another setup of the same")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()

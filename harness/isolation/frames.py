@@ -24,7 +24,7 @@ MAGIC = b"\x93RB1"
 #: Said once by the far side before its first frame. A login shell may have printed something before it.
 GREETING = b"\n\x93rwkv-bench frames 1\n"
 
-_MOST_HEADER_BYTES = 1 << 28
+_MOST_HEADER_BYTES = 1 << 26
 _MOST_NOISE_BYTES = 1 << 20
 _MOST_ARRAY_BYTES = 1 << 40
 _PIECE = 1 << 20
@@ -62,13 +62,17 @@ class Channel:
         """The near side: skip whatever comes before the greeting."""
         seen = b""
         for _ in range(_MOST_NOISE_BYTES):
-            seen = (seen + self._read(1).tobytes())[-len(GREETING) :]
+            seen = (seen + self._read(1))[-len(GREETING) :]
             if seen == GREETING:
                 return
         raise FrameError(f"{_MOST_NOISE_BYTES} bytes of something else came before the first frame")
 
     def send(self, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        """Send one frame."""
+        """Send one frame. Raises TypeError, with nothing sent, for what cannot travel."""
+        for array in arrays:
+            if not sendable(array):
+                what = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+                raise TypeError(f"{what} cannot be sent; arrays of {', '.join(DTYPES)} can")
         solid = [np.ascontiguousarray(array).reshape(array.shape) for array in arrays]
         described = {**header, "arrays": [[str(array.dtype), list(array.shape)] for array in solid]}
         text = json.dumps(described).encode("ascii")
@@ -83,27 +87,34 @@ class Channel:
 
     def receive(self) -> tuple[dict[str, Any], list[np.ndarray]]:
         """The next frame: its header and its arrays, which are new and writable."""
-        start = self._read(8).tobytes()
+        start = self._read(8)
         size = int.from_bytes(start[4:], "little")
         if start[:4] != MAGIC or size > _MOST_HEADER_BYTES:
             raise FrameError(f"not a frame, but {start!r}")
         try:
-            header = json.loads(self._read(size).tobytes())
+            header = json.loads(self._read(size))
             described = [(np.dtype(_known(name)), tuple(_sizes(shape))) for name, shape in header.pop("arrays")]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FrameError(f"a frame whose header cannot be read: {error}") from None
-        arrays = []
-        for dtype, shape in described:
-            array = np.empty(shape, dtype)
-            if array.size:
-                self._fill(_bytes_of(array))
-            arrays.append(array)
-        return header, arrays
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FrameError(f"a frame whose header cannot be read: {' '.join(str(error).split())[:200]}") from None
+        return header, [self._array(dtype, shape) for dtype, shape in described]
 
-    def _read(self, count: int) -> memoryview:
-        view = memoryview(bytearray(count))
-        self._fill(view)
-        return view
+    def _array(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            array = np.empty(shape, dtype)  # of pages that take no memory until they are filled
+        except (ValueError, OverflowError, MemoryError) as error:
+            raise FrameError(f"an array that cannot be made, {dtype} {shape}: {error}") from None
+        if array.size:
+            self._fill(_bytes_of(array))
+        return array
+
+    def _read(self, count: int) -> bytes:
+        """``count`` bytes; memory is taken as they come, since the count may be garbage."""
+        read = bytearray()
+        while len(read) < count:
+            piece = bytearray(min(count - len(read), _PIECE))
+            self._fill(memoryview(piece))
+            read += piece
+        return bytes(read)
 
     def _fill(self, view: memoryview) -> None:
         while view:

@@ -36,7 +36,7 @@ class Placement:
 
 def parse(text: str) -> Placement:
     """``0-3,6`` or ``node:0``. Raises :class:`BadPlacement`."""
-    node = re.fullmatch(r"node:(\d{1,4})", text)
+    node = re.fullmatch(r"node:([0-9]{1,4})", text)
     if node:
         try:
             with open(_NODE_CPUS.format(node[1])) as file:
@@ -59,13 +59,16 @@ def check(placement: Placement) -> None:
 
 
 def pin(cpus: Sequence[int] | None, node: int | None = None) -> str | None:
-    """Bind this process, and the threads it will start, to ``cpus``; what it is bound to, or ``None``.
+    """Bind this process, the threads it has and those it will start to ``cpus``; what it is bound to, or ``None``.
 
     Memory is bound to ``node`` where the kernel lets us; the answer says whether it did.
     """
     if cpus is None:
         return None
     os.sched_setaffinity(0, cpus)
+    for thread in _threads():  # importing numpy has started those of its BLAS, and the call above is of one thread
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, cpus)
     bound = as_ranges(sorted(os.sched_getaffinity(0)))
     if node is None:
         return bound
@@ -86,12 +89,19 @@ def as_ranges(cpus: Sequence[int]) -> str:
 def _numbers(text: str) -> tuple[int, ...]:
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last >= _MOST_CPUS:
             raise BadPlacement(f"--cpus {text}: {part!r} is no CPU; give numbers and ranges such as 0-3,6, or node:0")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
+
+
+def _threads() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc/self/task")]
+    except OSError:
+        return []
 
 
 def _bind_memory(node: int) -> bool:

@@ -7,16 +7,23 @@ States stay on the far side; what the caller holds is a handle that frees its st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from backends.api import State, Tap, Unavailable, Unsupported
-from harness.isolation.child import Child, alone
+from harness.isolation.child import CLOSING_SECONDS, Child, ChildDied, alone
+from harness.isolation.frames import sendable
 from harness.measure import MeasureError, Samples, Sampling
+from reference import errors
 from reference.errors import InputError
+
+#: Stands, in what a host tells of a worker that has died, for what only the near side knows.
+DOING = "{doing}"
 
 
 class RemoteError(Exception):
@@ -28,15 +35,15 @@ class RemoteError(Exception):
 
 
 class Handle:
-    """A state on the far side; ``free`` is told its number when nobody holds it any more."""
+    """A state on the far side of ``line``, which is told its number when nobody holds it any more."""
 
-    __slots__ = ("_free", "number")
+    __slots__ = ("line", "number")
 
-    def __init__(self, number: int, free: Callable[[int], None]) -> None:
-        self.number, self._free = number, free
+    def __init__(self, number: int, line: Line) -> None:
+        self.number, self.line = number, line
 
     def __del__(self) -> None:
-        self._free(self.number)
+        self.line.dropped(self.number)
 
 
 class Line:
@@ -45,8 +52,13 @@ class Line:
     def __init__(self, child: Child) -> None:
         self.child = child
         self._dropped: list[int] = []
-        with child.waiting("starting"):
-            child.channel.await_greeting()
+        self._lock, self._asking = threading.RLock(), False
+        self.greeted()
+
+    def greeted(self) -> None:
+        """Wait until the far side says that frames follow."""
+        with self.child.waiting("starting"):
+            self.child.channel.await_greeting()
 
     def ask(
         self,
@@ -55,32 +67,69 @@ class Line:
         event: Callable[[Mapping[str, Any], list[np.ndarray]], None] | None = None,
         **arguments: Any,
     ) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """One request and its answer; ``event`` gets what comes in between."""
-        freed, self._dropped = self._dropped, []
-        with self.child.waiting(do.replace("_", " ")):
+        """One request and its answer; ``event`` gets what comes in between.
+
+        What ``event`` raises is raised once the answer is here, so that the next request does not get it.
+        """
+        problem: Exception | None = None
+        with self._alone_with(do) as freed:
             self.child.channel.send({"do": do, "free": freed, **arguments}, arrays)
             while True:
                 header, found = self.child.channel.receive()
                 self.child.sign_of_life()
                 if "event" not in header:
                     break
-                if event is not None:
-                    event(header, found)
+                if event is not None and problem is None:
+                    try:
+                        event(header, found)
+                    except Exception as error:  # noqa: BLE001 - the caller's own, raised below
+                        problem = error
+        if problem is not None:
+            raise problem
         if "error" in header:
-            _raise(header["error"])
+            _raise(header["error"], do)
         return header["ok"], found
+
+    @contextmanager
+    def _alone_with(self, do: str) -> Iterator[list[int]]:
+        """One request at a time: other threads wait their turn. Gives the states to be freed."""
+        with self._lock:
+            if self._asking:
+                raise RuntimeError(f"{do} was asked by a callback of a request that is still being answered")
+            freed, self._dropped = self._dropped, []
+            self._asking = True
+            try:
+                with self.child.waiting(do.replace("_", " "), CLOSING_SECONDS if do == "close" else None):
+                    yield freed
+            finally:
+                self._asking = False
 
     def open(self, tell: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
         """Load a model; what the far side says of the session."""
         answer, _ = self.ask("open", event=_progress(tell), **arguments)
         return answer
 
+    def prepare(self, tell: Callable[[str], None], **arguments: Any) -> float:
+        """Have the model file written; seconds that took."""
+        answer, _ = self.ask("prepare", event=_progress(tell), **arguments)
+        return float(answer["seconds"])
+
     def handle(self, number: int) -> Handle:
         """What the caller holds for a state."""
-        return Handle(number, self._dropped_one)
+        return Handle(number, self)
 
-    def _dropped_one(self, number: int) -> None:
-        self._dropped.append(number)  # told with the next request: a destructor must not talk
+    def number(self, state: State | None) -> int | None:
+        """The number of a state of this session's."""
+        if state is None:
+            return None
+        if not isinstance(state, Handle) or state.line is not self:
+            what = "another session" if isinstance(state, Handle) else f"another kind, {type(state).__name__},"
+            raise MeasureError(f"a state of {what} was given to an isolated session")
+        return state.number
+
+    def dropped(self, number: int) -> None:
+        """Nobody holds that state any more; told with the next request, since a destructor must not talk."""
+        self._dropped.append(number)
 
 
 class RemoteSession:
@@ -90,13 +139,13 @@ class RemoteSession:
         self._line = line
 
     def forward(self, tokens: Sequence[int], state: State | None) -> tuple[np.ndarray, State]:
-        answer, arrays = self._line.ask("forward", tokens=_ids(tokens), state=_number(state))
+        answer, arrays = self._line.ask("forward", tokens=_ids(tokens), state=self._line.number(state))
         return _array(answer, arrays), self._line.handle(answer["state"])
 
 
 class _Scoring(RemoteSession):
     def logits(self, tokens: Sequence[int], state: State | None) -> np.ndarray:
-        answer, arrays = self._line.ask("logits", tokens=_ids(tokens), state=_number(state))
+        answer, arrays = self._line.ask("logits", tokens=_ids(tokens), state=self._line.number(state))
         return _array(answer, arrays)
 
 
@@ -106,23 +155,25 @@ class _Traceable(RemoteSession):
             if header["event"] == "tap":
                 tap(header["name"], arrays[0])
 
-        answer, arrays = self._line.ask("trace", event=event, tokens=_ids(tokens), state=_number(state))
+        answer, arrays = self._line.ask("trace", event=event, tokens=_ids(tokens), state=self._line.number(state))
         return _array(answer, arrays), self._line.handle(answer["state"])
 
 
 class _StateAccess(RemoteSession):
     def export_state(self, state: State) -> np.ndarray:
-        answer, arrays = self._line.ask("export_state", state=_number(state))
+        answer, arrays = self._line.ask("export_state", state=self._line.number(state))
         return _array(answer, arrays)
 
     def import_state(self, canonical: np.ndarray) -> State:
+        if not sendable(canonical):
+            raise MeasureError(f"a canonical state is a float32 array, not {type(canonical).__name__}")
         answer, _ = self._line.ask("import_state", [canonical])
         return self._line.handle(answer["state"])
 
 
 class _Generating(RemoteSession):
     def greedy(self, token: int, state: State, n: int) -> tuple[np.ndarray, State]:
-        answer, arrays = self._line.ask("greedy", token=int(token), state=_number(state), n=int(n))
+        answer, arrays = self._line.ask("greedy", token=int(token), state=self._line.number(state), n=int(n))
         return _array(answer, arrays), self._line.handle(answer["state"])
 
 
@@ -177,7 +228,8 @@ class RemoteMeter:
     def _samples(self, do: str, tell: Callable[[str], None] | None, **arguments: Any) -> Samples:
         with alone(self._line.child):
             answer, arrays = self._line.ask(do, event=_progress(tell), **arguments)
-        return replace(Samples.from_dict(answer["samples"]), last_logits=arrays[0] if arrays else None)
+        logits = _array(answer, arrays) if arrays or "type" in answer else None
+        return replace(Samples.from_dict(answer["samples"]), last_logits=logits)
 
 
 def _progress(
@@ -190,13 +242,17 @@ def _progress(
     return event
 
 
-def _raise(error: Mapping[str, str]) -> None:
+def _raise(error: Mapping[str, str], do: str) -> None:
     kind, text = error["kind"], error["text"]
+    if kind == ChildDied.__name__:  # of a worker on another machine
+        raise ChildDied(text.replace(DOING, do.replace("_", " ")))
     if kind == "Unavailable":
         raise Unavailable(text, error["how"])
-    for known in (Unsupported, MeasureError, InputError):
-        if kind == known.__name__:
-            raise known(text)
+    if kind in (Unsupported.__name__, MeasureError.__name__):
+        raise (Unsupported if kind == Unsupported.__name__ else MeasureError)(text)
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, InputError):
+        raise known(text)
     raise RemoteError(f"{kind}: {text}", error["traceback"])
 
 
@@ -204,18 +260,14 @@ def _array(answer: Mapping[str, Any], arrays: list[np.ndarray]) -> np.ndarray:
     """What the backend returned; for what is no array, something that is called like it, for the checks to refuse."""
     if arrays:
         return arrays[0]
-    name = f"an array of {answer['dtype']}" if answer["dtype"] else answer["type"]
+    if "dtype" in answer:
+        with suppress(TypeError, ValueError):  # a structured type has no name that numpy reads
+            return np.broadcast_to(np.zeros((), np.dtype(answer["dtype"])), answer["shape"])
+    name = f"an array of {answer['dtype']}" if "dtype" in answer else answer["type"]
     stand_in: np.ndarray = type(name, (), {})()
     return stand_in
 
 
-def _ids(tokens: Sequence[int]) -> list[int]:
-    return [int(token) for token in tokens]
-
-
-def _number(state: State | None) -> int | None:
-    if state is None:
-        return None
-    if not isinstance(state, Handle):
-        raise MeasureError(f"a state of another kind, {type(state).__name__}, was given to an isolated session")
-    return state.number
+def _ids(tokens: Sequence[int]) -> list[Any]:
+    """As they are, for the far side to refuse what is no token; numpy's integers as Python's."""
+    return [token.item() if isinstance(token, np.generic) else token for token in tokens]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,6 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from harness.names import did_you_mean
 from reference.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
 _TOP = ("requires-python", "dependencies", "tool")
@@ -46,22 +42,30 @@ class Requirements:
 
 def declared(path: Path) -> Requirements | None:
     """The header of a file; ``None`` if it has none. Raises :class:`BadHeader`."""
-    blocks = [m for m in _BLOCK.finditer(path.read_text(encoding="utf-8")) if m["type"] == "script"]
+    with tokenize.open(path) as file:  # in the encoding that Python reads it in
+        blocks = [m for m in _BLOCK.finditer(file.read()) if m["type"] == "script"]
     if not blocks:
         return None
     if len(blocks) > 1:
         raise BadHeader(f"{path}: two script headers; leave one")
     lines = blocks[0]["content"].splitlines()
     text = "\n".join(line[2:] if line.startswith("# ") else line[1:] for line in lines)
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # not at the top: the far end of an ssh connection has none, and reads no headers
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadHeader(f"{path}: the script header is no TOML: {error}") from None
     return _requirements(table, path)
 
 
 def _requirements(table: dict[str, Any], path: Path) -> Requirements:
-    ours = table.get("tool", {}).get("rwkv-bench", {})
+    tool = table.get("tool", {})
+    ours = tool.get("rwkv-bench", {}) if isinstance(tool, dict) else tool
+    if not isinstance(ours, dict):
+        raise BadHeader(f"{path}: tool and tool.rwkv-bench must be tables in the script header")
     for names, known in ((table, _TOP), (ours, _OURS)):
         for name in names:
             if name not in known:
@@ -69,9 +73,7 @@ def _requirements(table: dict[str, Any], path: Path) -> Requirements:
                 raise BadHeader(f"{path}: the script header has no {name!r}; {hint}it has {', '.join(known)}")
     python = table.get("requires-python", "")
     lists = (table.get("dependencies", []), ours.get("no-deps", []))
-    if not isinstance(python, str) or not all(
-        isinstance(w, list) and all(isinstance(r, str) for r in w) for w in lists
-    ):
+    if not isinstance(python, str) or not all(map(_strings, lists)):
         raise BadHeader(f"{path}: requires-python must be a string, dependencies and no-deps lists of strings")
     try:
         SpecifierSet(python)

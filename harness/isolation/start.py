@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from harness.isolation.archive import BOOT, code_archive
+from harness.isolation.archive import BOOT, PATHS, code_archive
 from harness.isolation.child import Child
 from harness.isolation.environments import Environment, find
 from harness.isolation.remote import Line
@@ -27,14 +28,19 @@ _THREADS = (
     "VECLIB_MAXIMUM_THREADS",
 )
 
+#: File names are read there as they are here.
+_UTF8 = ("-X", f"utf8={int(sys.getfilesystemencoding() == 'utf-8')}")
+
 #: Nothing is fetched while a backend runs.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def requirements(backend: ModuleType) -> Requirements | None:
     """The environment that a backend's file declares; ``None`` if it runs in ours."""
-    file = getattr(backend, "__file__", None)
-    return None if file is None else declared(Path(file))
+    # An object that a package offers as its backend is of the module that defines it.
+    module: Any = backend if hasattr(backend, "__file__") else sys.modules.get(getattr(backend, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    return None if file is None or not os.path.isfile(file) else declared(Path(file))
 
 
 def environment(name: str, backend: ModuleType) -> Environment | None:
@@ -47,7 +53,11 @@ def start(name: str, backend: ModuleType, threads: int | None = None, timeout: f
     """A worker for a backend, in its environment, with nothing loaded. Raises Unavailable, ChildDied, ChildTimedOut."""
     found = environment(name, backend)
     python = sys.executable if found is None else os.fspath(found.python)
-    child = Child([python, "-I", "-c", BOOT, os.fspath(code_archive())], variables(threads), timeout)
+    told = variables(threads)
+    if found is None:
+        # What is importable here is so there: -I leaves out what PYTHONPATH and the user's own folder have.
+        told[PATHS] = json.dumps([os.path.abspath(path) for path in sys.path])
+    child = Child([python, *_UTF8, "-I", "-c", BOOT, os.fspath(code_archive())], told, timeout)
     try:
         return Line(child)
     except BaseException:
@@ -56,11 +66,15 @@ def start(name: str, backend: ModuleType, threads: int | None = None, timeout: f
 
 
 def variables(threads: int | None) -> dict[str, str]:
-    """Environment variables of a worker."""
+    """Environment variables of a worker on this machine."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, **our_variables(threads), "RWKV_BENCH_CACHE": os.fspath(cache_folder().absolute())}
+
+
+def our_variables(threads: int | None) -> dict[str, str]:
+    """What every worker is told, wherever it runs."""
     pools = {} if threads is None else dict.fromkeys(_THREADS, str(threads))
-    ours = {"RWKV_BENCH_CACHE": os.fspath(cache_folder().absolute()), "RWKV_BENCH_ISOLATED": "1"}
-    return {**kept, **_OFFLINE, **pools, **ours}
+    return {**_OFFLINE, **pools, "RWKV_BENCH_ISOLATED": "1"}
 
 
 def model_at(weights: Weights, seed: int | None, name: str, folder: Path) -> Mapping[str, Any]:

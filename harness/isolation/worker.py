@@ -14,13 +14,13 @@ Needs only the standard library and numpy, and Python 3.9, because foreign inter
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import os
 import platform
-import signal
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +33,7 @@ import backends
 import harness
 import reference
 from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, Unavailable, Unsupported
+from harness.isolation import lifeline
 from harness.isolation.frames import Channel, ChannelClosed, sendable
 from harness.isolation.placement import pin
 from harness.measure import (
@@ -44,6 +45,7 @@ from harness.measure import (
 )
 from harness.memory import MemorySpan
 from harness.samples import Samples, Sampling
+from reference import errors
 from reference.checkpoint import load_checkpoint
 from reference.errors import InputError
 from reference.synthetic import synthetic
@@ -62,7 +64,8 @@ CAPABILITIES: dict[str, Any] = {
 
 def main(archive: str, read_file: int, write_file: int) -> None:
     """Serve until the channel closes or ``close`` is asked."""
-    _die_with_the_parent()
+    lifeline.hold()
+    _die_first()
     _check_code(archive)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -124,8 +127,7 @@ class Worker:
         module = _backend(backend)
         optional(module, "check")
         weights = _weights(model)
-        self.tell("preparing the model file")
-        optional(module, "prepare", weights, scheme, device)
+        optional(module, "prepare", weights, scheme, device)  # finds what do_prepare left in the cache
         self.tell("loading")
         self._span = MemorySpan()
         self._session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
@@ -136,6 +138,15 @@ class Worker:
             "load_ns": load_ns,
             "cpus": placed,
         }, ()
+
+    def do_prepare(self, backend: Mapping[str, str], model: Mapping[str, Any], scheme: str, device: str) -> Answer:
+        """Write what ``load`` will want into the cache; seconds that took."""
+        module = _backend(backend)
+        optional(module, "check")
+        self.tell("preparing the model file")
+        start = time.perf_counter()
+        optional(module, "prepare", _weights(model), scheme, device)
+        return {"seconds": time.perf_counter() - start}, ()
 
     def do_check(self, backend: Mapping[str, str]) -> Answer:
         """Whether the backend can run here; raises what its ``check`` raises."""
@@ -210,18 +221,19 @@ class Worker:
 
     @staticmethod
     def _answer(value: Any, state: int | None = None) -> Answer:
-        """An array as it is; anything else by the name of its type, for the near side to judge."""
-        told = {"state": state}
+        """An array as it is; anything else by its type, for the near side to judge."""
+        told: dict[str, Any] = {"state": state}
         if sendable(value):
             return told, (value,)
-        what = str(value.dtype) if isinstance(value, np.ndarray) else None
-        return {**told, "type": type(value).__name__, "dtype": what}, ()
+        if isinstance(value, np.ndarray):
+            told.update(dtype=str(value.dtype), shape=list(value.shape))
+        return {**told, "type": type(value).__name__}, ()
 
-    @staticmethod
-    def _measured(samples: Samples) -> Answer:
+    def _measured(self, samples: Samples) -> Answer:
         """Samples as plain JSON, the logits of the last call as an array."""
         logits = samples.last_logits
-        return {"samples": samples.to_dict()}, (() if logits is None else (logits,))
+        told, arrays = ({}, ()) if logits is None else self._answer(logits)
+        return {**told, "samples": samples.to_dict()}, arrays
 
 
 def optional(module: ModuleType, name: str, *arguments: Any) -> Any:
@@ -231,14 +243,14 @@ def optional(module: ModuleType, name: str, *arguments: Any) -> Any:
 
 
 def _backend(named: Mapping[str, str]) -> ModuleType:
-    """``{"module": dotted name, or that and :object}`` or ``{"file": path}``."""
+    """``{"module": dotted name, or that and :object}``, ``{"file": path}`` or ``{"source", "name"}``."""
     if "module" in named:
         dotted, _, inside = named["module"].partition(":")
         found: Any = importlib.import_module(dotted)
         for name in filter(None, inside.split(".")):
             found = getattr(found, name)
         return found  # type: ignore[no-any-return]
-    path = named["file"]
+    path = named["file"] if "file" in named else _written(named["name"], named["source"])
     spec = importlib.util.spec_from_file_location(f"rwkv_bench_backend_{os.path.basename(path)[:-3]}", path)
     if spec is None or spec.loader is None:
         raise Unavailable(f"{path} cannot be imported as Python")
@@ -246,6 +258,14 @@ def _backend(named: Mapping[str, str]) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _written(name: str, source: str) -> str:
+    """A file with that content, in the temporary folder that goes with this process."""
+    path = os.path.join(tempfile.mkdtemp(), name)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(source)
+    return path
 
 
 def _weights(model: Mapping[str, Any]) -> Weights:
@@ -261,6 +281,8 @@ def _opened(path: str) -> Weights:
 def _described(error: Exception) -> dict[str, Any]:
     kinds = (Unavailable, Unsupported, MeasureError, InputError)
     kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), type(error).__name__)
+    if isinstance(error, InputError) and hasattr(errors, type(error).__name__):
+        kind = type(error).__name__
     text = error.reason if isinstance(error, Unavailable) else str(error)
     how = error.how_to_get_it if isinstance(error, Unavailable) else ""
     lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -275,13 +297,7 @@ def _check_code(archive: str) -> None:
             sys.exit(f"{package.__name__} comes from {found}, not from {archive}; the environment holds a copy of it")
 
 
-def _die_with_the_parent() -> None:
-    """Linux: be killed when the process that started this one is gone, however busy this one is."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
+def _die_first() -> None:
+    """Linux: where memory ends, the kernel is to end this process, not the harness beside it."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+") as file:
+        file.write("800")

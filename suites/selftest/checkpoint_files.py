@@ -17,6 +17,7 @@ from reference.errors import CheckpointError
 from reference.weights import STORED_TYPES, Tensor, Weights
 
 SMALL = Config(n_layer=2, n_embd=4, n_ffn=8, n_vocab=10)
+#: Formats that keep every tensor as it is; the others have tests of their own.
 FORMATS = ("pth", "safetensors", "hf")
 
 

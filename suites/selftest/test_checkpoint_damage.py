@@ -170,17 +170,18 @@ def test_files_of_old_torch_and_other_types(tmp_path: Path) -> None:
 # --- damage anywhere
 
 
-@pytest.fixture(scope="module", params=["pth", "torch", "safetensors"])
+@pytest.fixture(scope="module", params=["pth", "torch", "safetensors", "ggml", "ggml Q5_1", "ggml Q4_1_O", "fr"])
 def intact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A small checkpoint of one layer, written by us or by torch."""
-    weights = random_values(Config(n_layer=1, n_embd=2, n_ffn=3, n_vocab=4))
+    format, _, scheme = request.param.partition(" ")
+    weights = random_values(Config(1, 32, 32, 4) if scheme else Config(n_layer=1, n_embd=2, n_ffn=3, n_vocab=4))
     path = tmp_path_factory.mktemp("intact") / "file"
-    if request.param == "torch":
+    if format == "torch":
         torch = pytest.importorskip("torch", reason="writes the .pth with torch.save")
         file = io.BytesIO()
         torch.save(torch_dict(weights), file)
         return file.getvalue()
-    save_checkpoint(weights, path, request.param)
+    save_checkpoint(weights, path, format, scheme or None)
     return path.read_bytes()
 
 
@@ -198,7 +199,7 @@ def test_a_truncated_file_is_always_refused(intact: bytes, tmp_path: Path) -> No
 
 def test_flipped_bytes_load_or_are_refused(intact: bytes, tmp_path: Path) -> None:
     path = tmp_path / "flipped"
-    # Headers lie at the start of either format, and the zip's directory at the end.
+    # Headers lie at the start of most formats, and the zip's directory at the end.
     where = st.integers(0, len(intact) - 1) | st.integers(0, 64) | st.integers(len(intact) - 64, len(intact) - 1)
 
     @settings(max_examples=250, deadline=None)

@@ -39,7 +39,7 @@ from suites.selftest.checkpoint_files import (
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "a PNG image"),
         (b"\n<!DOCTYPE html><html><body>Sign in", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a Git LFS pointer, .* run git lfs pull"),
-        (struct.pack("<6I", 0x67676D66, 101, 50277, 768, 12, 0), "an rwkv.cpp ggml file; not read yet"),
+        (struct.pack("<6I", 0x67676D66, 101, 50277, 768, 12, 0), "has 0 of 12 layers; truncated or damaged"),
         (b"GGUF" + bytes(40), "a GGUF file"),
         (pickle.dumps({"emb.weight": [1.0]}), "a bare pickle"),
         (b"PK\x05\x06" + bytes(18), "an empty zip archive"),

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from harness import budget, models
-from harness.budget import available_bytes, hold, shortage
+from harness.budget import hold, shortage
 from harness.dry_run import duration
 from harness.estimate import estimate
-from harness.hardware import Hardware
+from harness.hardware import Hardware, available_bytes
 from harness.measure import Sampling, Workload
 from harness.models import (
     SPREAD,

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from harness.compare import logits_error
+from reference.codecs_ggml_v100 import Q4_0_V100, Q4_1_V100
 from reference.config import Config
 from reference.forward import forward
-from reference.numerics import ROUND, UNIT_ROUNDOFF, Arithmetic, Emulated, Exact, int8_per_block
+from reference.numerics import INPUTS, ROUND, UNIT_ROUNDOFF, Arithmetic, Emulated, Exact, int8_per_block
 from reference.synthetic import synthetic
 from reference.weights import Tensor, bf16_to_f32, f32_to_bf16
 
@@ -65,6 +66,44 @@ def test_int8_blocks_are_ggmls(x: np.ndarray) -> None:
 def test_a_ragged_last_block_has_its_own_scale() -> None:
     x = np.concatenate([np.full(32, 1000.0), np.full(3, 0.001)]).astype(np.float32)[None]
     np.testing.assert_allclose(int8_per_block(x), x, rtol=1e-3)
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.float32, (3, 64), elements=st.floats(-100, 100, width=32)))
+def test_int4_blocks_are_the_weights_formats_of_april_2023(x: np.ndarray) -> None:
+    """But for ties, to even here as the library's AVX2 does with inputs, away from zero in its files."""
+    x = np.where(np.abs(x) < 1e-3, 0, x).astype(np.float32)
+    blocks = x.reshape(3, 2, 32)
+    for kind, codec, step in (
+        ("int4x32", Q4_0_V100, np.abs(blocks).max(-1) / 7),
+        ("uint4x32", Q4_1_V100, (blocks.max(-1) - blocks.min(-1)) / 15),
+    ):
+        got, want = INPUTS[kind](x), codec.dequantize(codec.quantize(x))
+        steps = np.repeat(step, 32, axis=1).reshape(x.shape)
+        tie = np.abs(np.abs(got - x) - steps / 2) <= 1e-3 * steps
+        assert np.all(np.abs(got - want)[~tie] <= 1e-5 * np.abs(x).max())
+        assert np.all(np.abs(got - x) <= 0.501 * steps + 1e-5 * np.abs(x).max())
+
+
+def test_int8_blocks_of_256_have_one_scale() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 512)).astype(np.float32)
+    step = np.repeat(np.abs(x.reshape(2, 2, 256)).max(-1), 256, axis=1).reshape(x.shape) / 127
+    codes = INPUTS["int8x256"](x) / step
+    np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
+    assert np.abs(INPUTS["int8x256"](x) - x).max() <= 0.5001 * step.max()
+
+
+def test_fp16_inputs_round_inputs_only_and_draws_differ() -> None:
+    """1 + 2^-12 is no fp16 number, 2049 is none either."""
+    w = Tensor.of(np.array([[1.0, 2048.0]], np.float32))
+    exact = Emulated(Arithmetic("fp16in"))
+    assert exact.linear(np.array([[1 + 2.0**-12, 1.0]], np.float32), w) == 2049
+    x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    w = Tensor.of(np.random.default_rng(1).standard_normal((8, 64)).astype(np.float32))
+    draws = [Emulated(Arithmetic("fp16in"), seed).linear(x, w) for seed in range(3)]
+    errors = [np.abs(draw - x @ w.array().T).max() for draw in draws]
+    assert all(1e-4 < error < 64 * 2.0**-11 * 4 for error in errors)
+    assert np.abs(draws[1] - draws[2]).max() > 1e-4
 
 
 @settings(deadline=None, max_examples=30)

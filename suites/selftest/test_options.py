@@ -13,14 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.help_texts import COMMANDS, EXAMPLES, TOP
-from harness.options import NotInThisVersion, TextWanted, UsageError, output_format, parse
+from harness.options import (
+    COMMAND_FILES,
+    NotInThisVersion,
+    TextWanted,
+    UsageError,
+    command_file,
+    output_format,
+    parse,
+)
 
 README = Path(__file__).parents[2] / "README.md"
 
 OPTIONS = (
     *("--model", "--backend", "--quant", "--hardware", "--device", "--threads", "--seed", "--dry-run", "--help"),
     *("--prompt-tokens", "--decode-tokens", "--repeats", "--quick", "--format", "--output", "--store", "--version"),
-    *("--tokens", "--temperature", "--top-p", "-h", "--", "-"),
+    *("--tokens", "--temperature", "--top-p", "-h", "--", "-", "--isolate", "--in-process", "--timeout", "--cpus"),
 )
 WORDS = st.one_of(
     st.sampled_from([*COMMANDS, *OPTIONS, "0", "-1", "1", "nan", "json", "tiny,169m", ",", "", "all", "9" * 5000]),
@@ -78,7 +86,7 @@ def test_what_is_wrong_is_named(argv: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], *([name, "--help"] for name in (*COMMANDS, *COMMAND_FILES))])
 def test_help_fits_a_terminal_and_tells_the_exit_codes(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(TextWanted) as caught:
@@ -101,7 +109,10 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(re.split(r"\s{2,}|\s+#|\s+\|", arguments)[0]) for arguments in found]
 
 
-@pytest.mark.parametrize("text", [TOP, *EXAMPLES.values()], ids=["top", *EXAMPLES])
+FILES = {name: command_file(name).EXAMPLES for name in COMMAND_FILES}
+
+
+@pytest.mark.parametrize("text", [TOP, *EXAMPLES.values(), *FILES.values()], ids=["top", *EXAMPLES, *FILES])
 def test_every_example_of_the_help_can_be_typed(text: str) -> None:
     examples = commands(text)
     assert len(examples) >= 3

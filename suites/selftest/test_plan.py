@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from backends import index
 from backends.api import BackendInfo
+from harness import places
 from harness import plan as plan_module
 from harness.hardware import Hardware
-from harness.plan import ALL, Plan, Request, UnknownDevice, UnknownScheme, memory_needed, plan
+from harness.places import UnknownDevice
+from harness.plan import ALL, Plan, Request, UnknownScheme, memory_needed, plan
 from harness.rows import Row
 from harness.status import Ran, exit_code, ran, row_code, unmet
 from reference.config import Config, count_parameters
@@ -49,7 +51,8 @@ def _backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "backend_names", lambda: [*FAKE, "broken"])
     monkeypatch.setattr(plan_module, "load_backend", load)
     here = {"local": [CPU, GPU], ALL: [CPU, GPU], "cpu": [CPU], "h200": [GPU], "a800": []}
-    monkeypatch.setattr(plan_module, "resolve", lambda name: here[name])
+    monkeypatch.setattr(places, "resolve", lambda name: here[name])
+    monkeypatch.setattr(places, "local_hardware", lambda: (CPU, GPU))
 
 
 def cells(planned: Plan) -> list[str]:

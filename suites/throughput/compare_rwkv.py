@@ -19,6 +19,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from backends import rwkv_pip
 from backends.api import Session
 from backends.index import load_backend
 from harness.models import Model, gate_tokens, open_model
@@ -26,7 +27,6 @@ from harness.parity import gate
 from harness.tolerance import derive
 from reference.errors import InputError
 from reference.numerics import Arithmetic
-from reference.schemes import apply
 
 GATE_TOKENS = 32
 PREFILL_TOKENS = 256
@@ -89,17 +89,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def open_systems(model: Model, schemes: Sequence[str], threads: int) -> list[System]:
     """The rwkv package, the torch backend and the numpy reference, as far as each has the scheme."""
-    import torch
-
-    from suites.oracles import RwkvPackage
-
-    torch.set_num_threads(threads)  # the package has no switch of its own
     systems = []
     backend = load_backend("torch")
     for scheme in schemes:
         arithmetic = backend.INFO.arithmetic(scheme, "cpu")
         if scheme != "fp16":  # the package's CPU path has no half-precision product worth the name
-            package = RwkvPackage(apply(model.weights, scheme), f"cpu {scheme}")
+            package = rwkv_pip.load(model.weights, scheme, "cpu", threads)
             systems.append(System(BASE, scheme, package, arithmetic))
         systems.append(System("torch", scheme, backend.load(model.weights, scheme, "cpu", threads), arithmetic))
     if "fp32" in schemes:

@@ -74,6 +74,10 @@ def test_decode(benchmark: BenchmarkFixture, cell: Cell, proven: Opened, model: 
     record(benchmark, cell, proven.meter.decode(prompt, cell.workload.decode_tokens, SAMPLING, _silent))
 
 
+def _silent(text: str) -> None:
+    """pytest-benchmark shows its own progress."""
+
+
 def record(benchmark: BenchmarkFixture, cell: Cell, samples: Samples) -> None:
     """Into pytest-benchmark, unless a result was not finite."""
     if samples.non_finite_at is not None:

@@ -1,0 +1,48 @@
+"""Recorded rows of a store: figures that another program printed, shown where their hardware is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.rows import Row, identity
+from harness.samples import Workload
+from harness.store import read
+from reference.schemes import SCHEMES
+
+
+def recorded_rows(store: str | os.PathLike[str], hardware: str, schemes: Iterable[str] = ("all",)) -> list[Row]:
+    """Recorded rows of a hardware, for schemes by name or class; a row that was imported twice comes once.
+
+    No store, no rows. Raises :class:`harness.store.StoreError` for one that cannot be read.
+    """
+    wanted = set(schemes)
+    rows: dict[object, Row] = {}
+    for row in _recorded(store):
+        if row.hardware == hardware and ("all" in wanted or wanted & _names(row)):
+            rows.setdefault(identity(row), row)
+    return list(rows.values())
+
+
+def recorded_names(store: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
+    """Hardware and models that recorded rows of a store already bear."""
+    rows = _recorded(store)
+    return list(dict.fromkeys(row.hardware for row in rows)), list(dict.fromkeys(row.model for row in rows))
+
+
+def known_workload(metric: str, prompt: int | None, output: int | None) -> Workload | None:
+    """The workload of a printed figure, where as much of it is known as the metric depends on."""
+    if prompt is None or prompt < 1 or (metric == "decode" and not output):
+        return None
+    return Workload(prompt, output or 0)
+
+
+def _recorded(store: str | os.PathLike[str]) -> list[Row]:
+    path = Path(store)
+    return [row for row in read(path) if row.kind == "recorded"] if path.exists() else []
+
+
+def _names(row: Row) -> set[str]:
+    scheme = SCHEMES.get(row.scheme)
+    return {row.scheme, row.scheme_class or (scheme.scheme_class if scheme else row.scheme)}

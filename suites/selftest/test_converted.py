@@ -1,0 +1,133 @@
+"""What a runtime wants instead of the checkpoint: made once, named by content, whole or not there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference.checkpoint import load_checkpoint
+from reference.converted import content_key, converted, derived
+from reference.synthetic import synthetic
+from reference.weights import Tensor, Weights
+from suites.selftest.conftest import SMALL
+from suites.selftest.processes import ROOT, eventually
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RWKV_BENCH_CACHE", str(tmp_path))
+    return tmp_path / "converted"
+
+
+@pytest.fixture
+def weights() -> Weights:
+    return synthetic(SMALL, 3)
+
+
+def whole(path: Path) -> None:
+    path.write_text("whole")
+
+
+def left(cache: Path) -> list[str]:
+    """Files that are neither results nor locks."""
+    return [p.name for p in cache.rglob(".*") if p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(("format", "folder"), [("safetensors", False), ("pth", False), ("hf", True)])
+def test_a_format_is_written_once(format: str, folder: bool, weights: Weights, cache: Path) -> None:
+    path = converted(weights, format, "fp32")
+    assert path.is_dir() == folder
+    before = path.stat().st_mtime_ns
+    assert (converted(weights, format, "fp32"), path.stat().st_mtime_ns) == (path, before)
+    for name, tensor in load_checkpoint(path).items():
+        np.testing.assert_array_equal(tensor.array(), weights[name].array())
+    assert left(cache) == []
+
+
+def test_content_names_it_and_nothing_else(weights: Weights) -> None:
+    assert content_key(weights) == content_key(replace(weights, source="elsewhere", metadata={"a": "b"}))
+    keys = {content_key(weights), content_key(synthetic(SMALL, 4))}
+    for change in (lambda a: a + np.float32(1e-3), lambda a: a.astype(np.float64)):
+        keys.add(content_key(_changed(weights, "emb.weight", change)))
+        keys.add(content_key(_changed(weights, "blocks.1.ln2.bias", change)))
+    assert len(keys) == 6
+    assert content_key(replace(weights, key="known")) == "known"
+
+
+def _changed(weights: Weights, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Weights:
+    return weights.map(lambda n, tensor: Tensor.of(change(tensor.array())) if n == name else tensor)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("error", [RuntimeError("full"), KeyboardInterrupt()])
+def test_one_that_fails_leaves_nothing(error: BaseException, kind: str, weights: Weights, cache: Path) -> None:
+    def make(path: Path) -> None:
+        assert not path.exists()
+        assert path.parent.is_dir()
+        if kind == "folder":
+            path.mkdir()
+            (path / "half").touch()
+        else:
+            path.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        derived(weights, "thing.bin", make)
+    assert left(cache) == []
+    assert derived(weights, "thing.bin", whole).read_text() == "whole"
+
+
+def test_the_ending_is_kept_for_writers_that_look_at_it(weights: Weights) -> None:
+    seen: list[str] = []
+
+    def make(path: Path) -> None:
+        seen.append(path.suffix)
+        path.touch()
+
+    assert derived(weights, "a model.param", make).name == "a model.param"
+    assert seen == [".param"]
+
+
+def test_two_that_want_it_at_once_make_it_once(weights: Weights) -> None:
+    made: list[Path] = []
+
+    def make(path: Path) -> None:
+        made.append(path)
+        time.sleep(0.2)
+        path.write_text("whole")
+
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(derived(weights, "x", make).read_text())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(made), found) == (1, ["whole"] * 4)
+
+
+def test_one_that_is_killed_leaves_nothing_usable(weights: Weights, cache: Path) -> None:
+    code = (
+        "import time; from reference.converted import derived; from reference.synthetic import synthetic; "
+        "from suites.selftest.conftest import SMALL\n"
+        "def make(path):\n    path.mkdir(); (path / 'half').touch(); time.sleep(100)\n"
+        "derived(synthetic(SMALL, 3), 'thing', make)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        try:
+            assert eventually(lambda: left(cache), 30)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert left(cache) != []
+    assert derived(weights, "thing", whole).read_text() == "whole"
+    assert left(cache) == []
