@@ -7,12 +7,13 @@ ones dequantize once. The arithmetic is float32 throughout, whatever the storage
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_info, threadpool_limits
 
-from backends.api import BackendInfo, Session, State, Tap, Unsupported
+from backends.api import BackendInfo, Session, State, Tap, Unavailable, Unsupported
 from reference.config import Config, count_parameters
 from reference.forward import forward
 from reference.numerics import Arithmetic
@@ -45,7 +46,7 @@ def resident_bytes(config: Config, scheme: str) -> int:
 class NumpySession:
     """A :class:`backends.api.Session` with every optional capability that needs no device."""
 
-    def __init__(self, weights: Weights, limit: threadpool_limits | None) -> None:
+    def __init__(self, weights: Weights, limit: Any) -> None:
         self._weights = weights
         self._limit = limit
 
@@ -80,9 +81,17 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
     return NumpySession(weights, _limit_threads(threads))
 
 
-def _limit_threads(threads: int | None) -> threadpool_limits | None:
+def _limit_threads(threads: int | None) -> Any:
+    """What holds numpy's BLAS to ``threads``; ``None`` for its own default."""
     if threads is None:
         return None
+    try:
+        from threadpoolctl import threadpool_info, threadpool_limits
+    except ImportError:
+        # On somebody's host there may be numpy alone: a worker's pools are sized by its environment variables.
+        if os.environ.get("OPENBLAS_NUM_THREADS") == str(threads):
+            return None
+        raise Unavailable("threadpoolctl is not installed", "pip install threadpoolctl") from None
     limit = threadpool_limits(threads, user_api="blas")
     pools = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
     if pools - {threads}:

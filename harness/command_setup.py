@@ -8,6 +8,7 @@ from collections.abc import Callable
 from backends.api import Unavailable
 from backends.index import backend_names, load_backend, place
 from harness.status import NOT_AVAILABLE, PASSED
+from reference.errors import InputError
 
 HELP = "build the environment of a backend that needs its own"
 EXAMPLES = """\
@@ -35,7 +36,13 @@ def run(arguments: argparse.Namespace, show: Say, done: Say) -> int:
     named = "all" not in arguments.backends
     failed = False
     for name in dict.fromkeys(backend_names() if not named else arguments.backends):
-        wanted = requirements(load_backend(name))
+        try:
+            wanted = requirements(load_backend(name))
+        except InputError as error:  # an installed package that is broken does not keep the others waiting
+            if named:
+                raise
+            done(f"{name}: not available: {error}")
+            continue
         if wanted is None:
             if named:
                 done(f"{name}: needs no environment of its own")

@@ -11,6 +11,7 @@ from backends.index import backend_names, load_backend
 from harness.budget import needed_bytes
 from harness.hardware import Hardware
 from harness.isolation.placement import Placement
+from harness.isolation.requirements import BadHeader
 from harness.isolation.start import environment
 from harness.measure import Workload
 from harness.models import is_generated, model_config, model_names
@@ -179,7 +180,7 @@ class _Asked:
         for name in self.infos if self.request.isolate is not False else ():
             try:
                 environment(name, load_backend(name))
-            except Unavailable as error:
+            except (Unavailable, BadHeader) as error:
                 lacking[name] = str(error)
         return lacking
 

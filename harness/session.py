@@ -14,7 +14,7 @@ from backends.api import BackendInfo, Closing, Session, Unsupported
 from backends.index import load_backend, place
 from harness.inventory import Host
 from harness.isolation import hosts, start
-from harness.isolation.child import ChildDied, ChildTimedOut
+from harness.isolation.child import TIMEOUT_SECONDS, ChildDied, ChildTimedOut
 from harness.isolation.placement import Placement
 from harness.isolation.remote import Line, RemoteMeter, remote_session
 from harness.measure import timed_load
@@ -55,6 +55,9 @@ class Apart:
 
 #: A worker that has converted for longer than this is not the one that is measured.
 PREPARED_SECONDS = 0.5
+
+#: Seconds that a conversion may take where no ``--timeout`` is given.
+PREPARING_SECONDS = 3 * 3600.0
 
 
 def needs_isolation(backend: str) -> bool:
@@ -170,10 +173,14 @@ def _line_here(load: _Load, apart: Apart, tell: Tell) -> Iterator[_Ready]:
     """A worker on this machine that has the model file it wants; ends with the block."""
     line = start.start(load.backend, load.module, load.threads, apart.timeout)
     try:
-        if hasattr(load.module, "prepare") and line.prepare(tell, **_asked(load, line)) > PREPARED_SECONDS:
-            # Converting has left libraries and heap behind that are not the backend's.
-            line.child.kill()
-            line = start.start(load.backend, load.module, load.threads, apart.timeout)
+        if hasattr(load.module, "prepare"):
+            # A conversion says nothing while it runs; it is long for a large model, and done once.
+            line.child.timeout = apart.timeout or PREPARING_SECONDS
+            if line.prepare(tell, **_asked(load, line)) > PREPARED_SECONDS:
+                # It has left libraries and heap behind that are not the backend's.
+                line.child.kill()
+                line = start.start(load.backend, load.module, load.threads, apart.timeout)
+            line.child.timeout = apart.timeout or TIMEOUT_SECONDS
         yield line, _asked(load, line)
     finally:
         line.child.kill()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import select
-import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ import numpy as np
 
 from backends.api import Unavailable
 from harness.hardware import available_bytes, default_threads, describe, local_hardware
-from harness.isolation.archive import BOOT
+from harness.isolation.archive import BOOT, PATHS
 from harness.isolation.child import Child
 from harness.isolation.environments import Environment, build, find
 from harness.isolation.frames import Channel, ChannelClosed
@@ -37,6 +38,7 @@ Answer = dict
 
 def main(archive: str) -> None:
     """Serve one connection."""
+    signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(1))  # so that what follows cleans up
     read_file, write_file = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -53,7 +55,6 @@ def main(archive: str) -> None:
     finally:
         if far.child is not None:
             far.child.kill()
-        shutil.rmtree(os.path.dirname(archive), ignore_errors=True)
 
 
 class Far:
@@ -124,7 +125,10 @@ class Far:
         python = sys.executable if found is None else str(found.python)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         cache = {"RWKV_BENCH_CACHE": str(cache_folder().absolute())}
-        self.child = Child([python, "-I", "-c", BOOT, self._archive], {**kept, **cache, **variables}, timeout=1e9)
+        told = {**kept, **cache, **variables}
+        if found is None:
+            told[PATHS] = json.dumps(sys.path[1:])  # without the code, which the worker takes from its argument
+        self.child = Child([python, "-I", "-c", BOOT, self._archive], told, timeout=1e9)
         return {}
 
 

@@ -35,8 +35,8 @@ _PIECE = 8 << 20
 #: Run by the host's interpreter: takes as many bytes of code as its argument says, and runs them.
 BOOT = """\
 import os, sys, tempfile
-folder = tempfile.mkdtemp(prefix="rwkv-bench-code-")
-path, left = os.path.join(folder, "code.zip"), int(sys.argv[1])
+folder = tempfile.TemporaryDirectory(prefix="rwkv-bench-code-")
+path, left = os.path.join(folder.name, "code.zip"), int(sys.argv[1])
 with open(path, "wb") as file:
     while left:
         block = os.read(0, min(left, 65536))
