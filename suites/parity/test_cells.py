@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -28,9 +29,10 @@ from reference.schemes import apply, stored_bytes
 from reference.synthetic import synthetic
 from reference.weights import Weights
 
-#: The fixtures hold a loaded session, which is meant to serve every example.
+#: The fixtures hold a loaded session, which is meant to serve every example. Fewer of them where each starts
+#: a process: RWKV_BENCH_EXAMPLES=3.
 RELAXED = settings(
-    max_examples=8,
+    max_examples=int(os.environ.get("RWKV_BENCH_EXAMPLES", "8")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
