@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from typing import Any
 
 from backends.index import LIBRARIES, load_backend
-from harness.checks import worst
+from harness.checks import Check, worst
 from harness.hardware import describe
 from harness.measure import Samples, Sampling
 from harness.models import Model
@@ -121,9 +123,17 @@ def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
                 verdict="FAIL" if bad else "PASS",
                 reason=reason,
                 first_bad={"check": bad.name, "where": bad.where, "problem": bad.problem} if bad else None,
+                checks=[_check_record(check) for check in checks],
             )
         )
     return rows
+
+
+def _check_record(check: Check) -> dict[str, Any]:
+    """One check as JSON; without figures where there were none to take."""
+    figures = {"statistic": check.statistic, "error": check.error, "bound": check.bound}
+    known = figures if check.problem is None and math.isfinite(check.error) else dict.fromkeys(figures)
+    return {"check": check.name, "passed": check.passed, "where": check.where, "problem": check.problem, **known}
 
 
 def itself_rows(base: Row, found: Gate) -> list[Row]:

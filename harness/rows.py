@@ -63,6 +63,7 @@ class Row:
     error, bound     parity: the error that is largest against its bound, and what it may be
     statistic        parity: which error that is, such as ``worst position`` (:mod:`harness.tolerance`)
     first_bad        parity: any JSON value that says where
+    checks           parity: every way the prompt was run, with its error and bound
     extra            fields this version does not know, kept and written back
     """
 
@@ -103,6 +104,7 @@ class Row:
     error: float | None = None
     bound: float | None = None
     first_bad: Any = None
+    checks: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,7 +157,7 @@ _INTEGERS = ("threads", "peak_bytes", "weight_bytes")
 _NUMBERS = ("value", "roofline_fraction", "error", "bound")
 _OBJECTS = ("hardware_detail", "config", "extra")
 _LISTS = ("interval", "samples", "steps")
-_NUMERIC_OR_NESTED = (*_FLAGS, *_INTEGERS, *_NUMBERS, *_OBJECTS, *_LISTS, "first_bad")
+_NUMERIC_OR_NESTED = (*_FLAGS, *_INTEGERS, *_NUMBERS, *_OBJECTS, *_LISTS, "first_bad", "checks")
 _TEXTS = tuple(name for name in FIELDS if name not in (*_NUMERIC_OR_NESTED, "workload"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from harness.rows import FIELDS, Row, cell
 
 #: Fields that are one line of raw data too many for a spreadsheet; the JSON formats have them.
-_NOT_IN_CSV = ("samples", "steps", "config", "hardware_detail", "interval", "workload", "first_bad")
+_NOT_IN_CSV = ("samples", "steps", "config", "hardware_detail", "interval", "workload", "first_bad", "checks")
 
 
 #: Columns of text; the others are numbers and end at their right edge.

@@ -57,13 +57,15 @@ def full() -> Row:
         error=0.5,
         bound=0.75,
         first_bad={"check": "x", "where": [1, 2]},
+        checks=[{"check": "x", "error": 0.5}],
     )
 
 
 def test_the_fields_are_those_of_the_format() -> None:
     text = """kind run time hardware hardware_detail backend backend_version model model_sha256 synthetic config
     scheme scheme_class arithmetic device threads isolated cpus driver workload metric unit value interval samples
-    peak_bytes weight_bytes roofline_fraction stopped command verdict reason error bound first_bad"""
+    peak_bytes weight_bytes roofline_fraction stopped command verdict reason error bound first_bad
+    checks"""
     assert [name for name in FIELDS if name not in ("steps", "statistic")] == text.split()
     assert SCHEMA == 1
     assert KINDS == ("measured", "recorded", "published", "predicted")
