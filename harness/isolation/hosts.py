@@ -23,6 +23,7 @@ from harness.inventory import Host
 from harness.isolation.archive import code_archive
 from harness.isolation.child import TIMEOUT_SECONDS, Child, ChildDied, ChildTimedOut
 from harness.isolation.remote import Line, RemoteError
+from harness.isolation.requirements import Requirements
 from harness.isolation.start import our_variables, requirements
 from reference.converted import content_key, converted
 from reference.weights import Weights
@@ -96,13 +97,17 @@ def start_there(
 ) -> None:
     """Start a backend's worker on the host; from then on the line speaks to it. Raises Unavailable."""
     wanted = requirements(backend)
-    line.ask(
-        "start",
-        backend=name,
-        wanted=None if wanted is None else asdict(wanted),
-        environments=host.environments,
-        variables=our_variables(threads),
-    )
+    try:
+        line.ask(
+            "start",
+            backend=name,
+            wanted=None if wanted is None else asdict(wanted),
+            environments=host.environments,
+            variables=our_variables(threads),
+        )
+    except Unavailable as error:
+        cure = f"{error.how_to_get_it} --hardware {host.name}" if error.how_to_get_it.startswith("rwkv-bench") else ""
+        raise Unavailable(f"{host.name}: {error.reason}", cure or error.how_to_get_it) from None
     line.child.timeout = TIMEOUT_SECONDS if timeout is None else timeout
     line.greeted()
 
@@ -116,11 +121,8 @@ def backend_there(name: str) -> dict[str, str]:
     return {"source": path.read_text(encoding="utf-8"), "name": path.name}
 
 
-def setup_there(host: Host, name: str, backend: ModuleType, tell: Tell) -> str:
+def setup_there(host: Host, name: str, wanted: Requirements, tell: Tell) -> str:
     """Build a backend's environment on the host; what is installed. Raises Unavailable."""
-    wanted = requirements(backend)
-    if wanted is None:
-        return "needs no environment of its own"
     with connected(host, timeout=3600) as line:
         try:
             answer, _ = line.ask(

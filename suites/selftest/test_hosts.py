@@ -21,6 +21,7 @@ import pytest
 
 from harness.store import read
 from suites.selftest.conftest import Done
+from suites.selftest.wheels import NUMPY, this_numpy
 
 Bench = Callable[..., Done]
 
@@ -248,6 +249,38 @@ def test_noise_before_the_first_frame_is_skipped(
     noisy = ["sh", "-c", 'printf "Welcome to box\\n\\223RB1 motd \\377"; exec "$@"', "sh", *box.ssh]
     inventory(box={"ssh": noisy})
     assert bench("parity", "--model", small, "--backend", "numpy", "--quant", "fp32", *QUICK[:2], *QUICK[3:]).code == 0
+
+
+def test_environments_are_built_there(
+    inventory: Callable[..., None], box: Box, small: str, bench: Bench, tmp_path: Path
+) -> None:
+    """What a run there lacks it says, with the command; setup builds it there, and the run finds it."""
+    wheels, there = tmp_path / "wheels", tmp_path / "there"
+    wheels.mkdir()
+    this_numpy(wheels)
+    settings = f"RWKV_BENCH_CACHE={there} PIP_NO_INDEX=1 PIP_FIND_LINKS={wheels}"
+    forward = ["sh", "-c", f'last=""; for last; do :; done; exec {" ".join(box.ssh)} "{settings} $last"', "sh"]
+    inventory(box={"ssh": forward})
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f'# /// script\n# dependencies = ["{NUMPY}"]\n# ///\n'
+        "import reference\nfrom backends.api import BackendInfo\nfrom reference import Arithmetic\n"
+        "INFO = BackendInfo('mine', 'd', 'o', ('cpu',), {'fp32': Arithmetic()})\n"
+        "class S:\n    def __init__(self, w): self.w = w\n"
+        "    def forward(self, tokens, state): return reference.forward(self.w, tokens, state)\n"
+        "def load(checkpoint, scheme, device, threads):\n    import sys\n"
+        "    assert 'environments' in sys.prefix\n    return S(checkpoint)\n"
+    )
+    parity = ("parity", "--model", small, "--backend", str(file), *QUICK[:2], *QUICK[3:])
+    done = bench(*parity)
+    assert done.code == 3
+    assert f"rwkv-bench setup {file} --hardware box" in rows_of(done)[0]["reason"]
+    done = bench("setup", str(file), "--hardware", "box")
+    assert (done.code, "ready on box, Python 3." in done.err) == (0, True), done.err
+    done = bench(*parity)
+    assert (done.code, rows_of(done)[0]["verdict"]) == (0, "PASS")
+    done = bench("setup", str(file), "--hardware", "bax")
+    assert (done.code, "did you mean 'box'" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize(
