@@ -25,10 +25,12 @@ from reference.cache import cache_folder
 #: Of harness, only what a foreign interpreter can run.
 HARNESS_FILES = (
     *("__init__.py", "hardware.py", "measure.py", "memory.py", "names.py", "samples.py"),
-    *("isolation/__init__.py", "isolation/frames.py", "isolation/placement.py", "isolation/worker.py"),
+    *("isolation/__init__.py", "isolation/frames.py", "isolation/placement.py", "isolation/sources.py"),
+    "isolation/worker.py",
     # What the far end of an ssh connection needs besides.
     *("isolation/archive.py", "isolation/child.py", "isolation/environments.py", "isolation/far.py"),
-    *("isolation/leftovers.py", "isolation/lifeline.py", "isolation/requirements.py", "isolation/tail.py"),
+    "isolation/tail.py",
+    *("isolation/leftovers.py", "isolation/lifeline.py", "isolation/requirements.py", "isolation/spawn.py"),
 )
 
 #: Environment variable with more folders to import from, as JSON.

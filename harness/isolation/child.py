@@ -10,17 +10,16 @@ import atexit
 import os
 import select
 import signal
-import socket
 import subprocess
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager, suppress
 
-from harness.isolation import leftovers, lifeline
+from harness.isolation import leftovers
 from harness.isolation.frames import Channel, ChannelClosed, FrameError
+from harness.isolation.spawn import spawned
 from harness.isolation.tail import Tail
 
 #: Seconds without a frame after which a child counts as hung, unless asked otherwise.
@@ -76,7 +75,7 @@ class Child:
         self._private = leftovers.Folder()
         self.folder = self._private.path
         try:
-            started = _started(command, {**environment, "TMPDIR": str(self.folder)}, over_stdio)
+            started = spawned(command, {**environment, "TMPDIR": str(self.folder)}, over_stdio)
         except BaseException:
             self._private.remove()
             raise
@@ -262,43 +261,6 @@ def _end_all() -> None:
     for child in list(_alive):
         if child._owner == os.getpid():  # not in a fork of the owner
             child.kill()
-
-
-def _started(
-    command: Sequence[str], environment: Mapping[str, str], over_stdio: bool
-) -> tuple[subprocess.Popen[bytes], tuple[Any, Any], tuple[Any, ...]]:
-    """The process, what its channel is read from and written to, and what else is held open for it."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the kernel forgets how children end
-    if over_stdio:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            env=environment,
-            bufsize=0,
-        )
-        return process, (process.stdout, process.stdin), ()
-    with ExitStack() as ours, ExitStack() as theirs:
-        near, far = socket.socketpair()
-        ours.enter_context(near)
-        theirs.enter_context(far)
-        read_end, write_end = os.pipe()
-        theirs.callback(os.close, read_end)
-        line = ours.enter_context(os.fdopen(write_end, "wb", buffering=0))
-        process = subprocess.Popen(
-            [*command, str(far.fileno()), str(far.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(far.fileno(), read_end),
-            start_new_session=True,
-            env={**environment, lifeline.VARIABLE: str(read_end)},
-        )
-        ours.pop_all()  # nothing has failed: they are the caller's now
-        return process, (near, near), (line,)
 
 
 class _Silent(Exception):

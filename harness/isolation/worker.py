@@ -14,17 +14,12 @@ Needs only the standard library and numpy, and Python 3.9, because foreign inter
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import os
 import platform
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +31,7 @@ from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, U
 from harness.isolation import lifeline
 from harness.isolation.frames import Channel, ChannelClosed, sendable
 from harness.isolation.placement import pin
+from harness.isolation.sources import backend_of, optional, weights_of
 from harness.measure import (
     MeasureError,
     measure_decode,
@@ -46,10 +42,7 @@ from harness.measure import (
 from harness.memory import MemorySpan
 from harness.samples import Samples, Sampling
 from reference import errors
-from reference.checkpoint import load_checkpoint
 from reference.errors import InputError
-from reference.synthetic import synthetic
-from reference.weights import Weights
 
 Answer = tuple  # (mapping, arrays)
 
@@ -124,9 +117,9 @@ class Worker:
     ) -> Answer:
         """Load a model into a backend; times and memory are taken here."""
         placed = pin(cpus, node)
-        module = _backend(backend)
+        module = backend_of(backend)
         optional(module, "check")
-        weights = _weights(model)
+        weights = weights_of(model)
         optional(module, "prepare", weights, scheme, device)  # finds what do_prepare left in the cache
         self.tell("loading")
         self._span = MemorySpan()
@@ -141,16 +134,16 @@ class Worker:
 
     def do_prepare(self, backend: Mapping[str, str], model: Mapping[str, Any], scheme: str, device: str) -> Answer:
         """Write what ``load`` will want into the cache; seconds that took."""
-        module = _backend(backend)
+        module = backend_of(backend)
         optional(module, "check")
         self.tell("preparing the model file")
         start = time.perf_counter()
-        optional(module, "prepare", _weights(model), scheme, device)
+        optional(module, "prepare", weights_of(model), scheme, device)
         return {"seconds": time.perf_counter() - start}, ()
 
     def do_check(self, backend: Mapping[str, str]) -> Answer:
         """Whether the backend can run here; raises what its ``check`` raises."""
-        module = _backend(backend)
+        module = backend_of(backend)
         optional(module, "check")
         version = optional(module, "version")
         return {"version": None if version is None else str(version)}, ()
@@ -234,48 +227,6 @@ class Worker:
         logits = samples.last_logits
         told, arrays = ({}, ()) if logits is None else self._answer(logits)
         return {**told, "samples": samples.to_dict()}, arrays
-
-
-def optional(module: ModuleType, name: str, *arguments: Any) -> Any:
-    """What an optional function of a backend module returns; ``None`` where there is none."""
-    function = getattr(module, name, None)
-    return None if function is None else function(*arguments)
-
-
-def _backend(named: Mapping[str, str]) -> ModuleType:
-    """``{"module": dotted name, or that and :object}``, ``{"file": path}`` or ``{"source", "name"}``."""
-    if "module" in named:
-        dotted, _, inside = named["module"].partition(":")
-        found: Any = importlib.import_module(dotted)
-        for name in filter(None, inside.split(".")):
-            found = getattr(found, name)
-        return found  # type: ignore[no-any-return]
-    path = named["file"] if "file" in named else _written(named["name"], named["source"])
-    spec = importlib.util.spec_from_file_location(f"rwkv_bench_backend_{os.path.basename(path)[:-3]}", path)
-    if spec is None or spec.loader is None:
-        raise Unavailable(f"{path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _written(name: str, source: str) -> str:
-    """A file with that content, in the temporary folder that goes with this process."""
-    path = os.path.join(tempfile.mkdtemp(), name)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(source)
-    return path
-
-
-def _weights(model: Mapping[str, Any]) -> Weights:
-    """``{"preset", "seed"}`` or ``{"path"}``, and ``key``, the content's hash."""
-    found = synthetic(model["preset"], model["seed"]) if "preset" in model else _opened(model["path"])
-    return replace(found, key=model["key"])
-
-
-def _opened(path: str) -> Weights:
-    return load_checkpoint(path, scan=False)  # the near side has looked for NaN
 
 
 def _described(error: Exception) -> dict[str, Any]:
