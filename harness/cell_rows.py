@@ -107,6 +107,9 @@ def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
         reason = str(shown)
         if metric == "parity" and found.loose:
             reason += "; the declared arithmetic is much looser than this error"
+        if metric == "parity" and truth.coarse:
+            share = f"{100 * truth.e_rms:.0f} % of their spread"
+            reason += f"; the declared arithmetic alone moves logits by {share}: only gross faults show"
         if any(check.where.endswith(AGAINST_ITSELF) for check in checks):
             reason += "; the timed length is too long for the reference and is checked against the backend itself only"
         if bad and truth.overflows:

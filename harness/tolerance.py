@@ -39,6 +39,9 @@ from reference.weights import Weights
 K = 3.0
 #: e varies more between prompts than between draws, so the largest of a few will do.
 DRAWS = 4
+#: Fraction of the logits' spread from which a bound lets all but gross faults through. Unrelated logits are off
+#: by 1.4; the embedded model with every decay 1 % wrong, by 0.002.
+COARSE = 0.1
 #: Roundings of the result's type that no comparison can see below: the result itself is rounded, and
 #: so is the input of the last product.
 FLOOR = 2.0
@@ -63,6 +66,11 @@ class Truth:
     e_state_rms: float
     e_state_worst: float
     overflows: float = 0.0
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the declared arithmetic alone is off by so much that only gross faults exceed the bound."""
+        return not K * self.e_rms <= COARSE
 
     @cached_property
     def unit(self) -> float:

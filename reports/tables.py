@@ -231,7 +231,7 @@ def _bytes(value: int) -> str:
 
 
 #: Parts of the reason of a passing row that belong below the table.
-_NOTED = ("looser", "varied", "itself only")
+_NOTED = ("looser", "varied", "itself only", "only gross faults")
 
 
 def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:
