@@ -76,6 +76,34 @@ def _escape() -> None:
     _kill()
 
 
+def _daemon() -> None:
+    """Leave a daemon behind, without parent, session, environment or descriptors of ours, and die."""
+    folder = os.environ.get("TMPDIR", "")
+    read_end, write_end = os.pipe()  # both are closed by exec
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.chdir("/")
+            os.execve(sys.executable, [sys.executable, "-c", "import time; time.sleep(1e6)", folder], {})
+        os._exit(0)
+    os.close(write_end)
+    os.read(read_end, 1)  # until it runs
+    _kill()
+
+
+def _forge() -> None:
+    """Write to every socket, the channel among them, a frame that ends any request."""
+    import socket
+
+    text = b'{"ok": {}, "arrays": []}'
+    for file in range(3, 64):
+        try:
+            with socket.socket(fileno=os.dup(file)) as found:
+                found.send(b"\x93RB1" + len(text).to_bytes(4, "little") + text)
+        except OSError:
+            continue
+
+
 def _fork() -> None:
     """Die while a copy of this process keeps the channel open."""
     if os.fork() == 0:
@@ -137,6 +165,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "sleep": _sleep,
     "orphan": _orphan,
     "escape": _escape,
+    "daemon": _daemon,
+    "forge": _forge,
     "fork": _fork,
     "shut": _shut,
     "stop": _stop,

@@ -6,7 +6,6 @@ from argparse import Namespace
 
 from backends.api import Unavailable, Unsupported
 from harness.budget import shortage
-from harness.isolation.placement import check
 from harness.measure import Sampling, Workload
 from harness.models import model_config
 from harness.options import UsageError
@@ -27,8 +26,6 @@ def requested(arguments: Namespace) -> Request:
     if arguments.isolate is False and (arguments.timeout is not None or arguments.cpus is not None):
         option = "--timeout" if arguments.timeout is not None else "--cpus"
         raise UsageError(f"{option} needs a process of its own for each cell; leave out --in-process")
-    if arguments.cpus is not None:
-        check(arguments.cpus)
     return Request(
         models=arguments.model,
         backends=arguments.backend,

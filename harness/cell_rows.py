@@ -153,13 +153,22 @@ def itself_rows(base: Row, found: Gate) -> list[Row]:
 
 
 def quality_rows(base: Row, found: Quality) -> list[Row]:
-    """Distance from the fp32 weights, scheme and kernel together."""
-    reason = f"against the fp32 weights over {found.positions} positions"
+    """Distance from the fp32 weights, scheme and kernel together; the divergence fails beyond its limit."""
+    verdict = "PASS" if found.kl_divergence <= found.limit else "FAIL"
+    reason = f"divergence {found.kl_divergence:.2g} from the fp32 weights over {found.positions} positions"
+    reason += f", limit {found.limit:.2g}"
     metrics = ("kl_divergence", "top1_agreement", "top5_agreement")
     return [
-        replace(base, metric=metric, unit="", value=getattr(found, metric), verdict="PASS", reason=reason)
+        replace(base, metric=metric, unit="", value=getattr(found, metric), verdict=verdict, reason=reason)
         for metric in metrics
     ]
+
+
+def unjudged(row: Row) -> Row:
+    """A figure of a session whose kernel could not be judged: it stands, without a PASS."""
+    if row.verdict != "PASS":
+        return row
+    return replace(row, verdict="UNSUPPORTED", reason=f"no codec for {row.scheme} here: not judged")
 
 
 def timed_row(base: Row, metric: str, ns: Sequence[int], found: Gate, peak: int | None) -> Row:

@@ -55,6 +55,8 @@ def _command(argv: list[str]) -> int:
             out(str(wanted))
             return PASSED
         for name, file in getattr(arguments, "library", ()):
+            if not os.path.isfile(file):
+                raise UsageError(f"--library {name}: {file}: no such file")
             os.environ[LIBRARIES[name]] = file  # before the backend is imported: what it offers depends on it
         return _COMMANDS[arguments.command](arguments)
     except BrokenPipeError:  # whoever read stdout has gone, as `head` does

@@ -11,12 +11,16 @@ from pathlib import Path
 
 from harness.models import TINY, is_generated, model_config, open_model
 from harness.names import did_you_mean
+from reference import fr_file, ggml_file
 from reference.checkpoint import FORMATS, load_checkpoint, save_checkpoint
-from reference.errors import InputError
+from reference.errors import ConfigError, InputError
 from reference.hf_folder import blinkdl_name
-from reference.lora import merge_lora
+from reference.lora import merge_counts, merge_lora
 from reference.lost import lost
+from reference.schemes import SCHEMES
 from reference.synthetic import synthetic
+from reference.tensor_stream import SCHEMES as FLOATS
+from reference.tensor_stream import check_scheme
 from reference.weights import Weights
 
 HELP = "checkpoint -> another format or scheme, streamed and atomic"
@@ -34,6 +38,9 @@ examples:
 #: Ending of OUT -> format.
 _ENDINGS = {".pth": "pth", ".pt": "pth", ".safetensors": "safetensors", ".bin": "ggml", ".fr": "fr"}
 
+#: Format -> what ``--quant`` can ask of it.
+_OFFERED = {**dict.fromkeys(FORMATS, tuple(FLOATS)), "ggml": ggml_file.SCHEMES, "fr": fr_file.SCHEMES}
+
 #: Seconds between two lines of progress.
 _TELL_EVERY = 3.0
 
@@ -50,6 +57,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lora", metavar="FILE", help="a LoRA file of RWKV-LM-LoRA to merge in first")
     parser.add_argument("--lora-alpha", type=float, metavar="N", help="the lora_alpha it was trained with")
+    parser.add_argument("--force", action="store_true", help="replace the file OUT, once the new one is complete")
 
 
 def run(arguments: argparse.Namespace, say: Say) -> int:
@@ -60,9 +68,13 @@ def run(arguments: argparse.Namespace, say: Say) -> int:
     format = arguments.to or _format_of(arguments.target)
     if (arguments.lora is None) != (arguments.lora_alpha is None):
         raise InputError("--lora and --lora-alpha go together; a LoRA file does not say its alpha")
+    _check_scheme(arguments.quant, format)
+    _check_target(arguments)
     weights = _open(arguments.source)
     if arguments.lora is not None:
         weights = merge_lora(weights, arguments.lora, arguments.lora_alpha)
+        merged, replaced = merge_counts(weights)
+        say(f"{arguments.lora}: matrices merged: {merged}, tensors replaced: {replaced}")
     for line in lost(weights, format, arguments.quant):
         say(line)
     for left in _left_behind(Path(arguments.target)):
@@ -82,6 +94,29 @@ def _format_of(target: str) -> str:
         return _ENDINGS[ending]
     hint = did_you_mean(ending, list(_ENDINGS)) if ending else ""
     raise InputError(f"{target}: its ending does not say the format; {hint}choose one by --to {'|'.join(FORMATS)}")
+
+
+def _check_scheme(scheme: str | None, format: str) -> None:
+    """Raises :class:`ConfigError` for a scheme that the format does not hold, before anything is read."""
+    offered = _OFFERED[format]
+    if scheme in SCHEMES and scheme not in offered and scheme.lower() not in map(str.lower, offered):
+        where = "--to ggml writes" if scheme in ggml_file.SCHEMES else "belongs to another system's own file"
+        raise ConfigError(f"no {format} file holds {scheme}, which {where}; choose from {', '.join(offered)}")
+    check_scheme(scheme, offered)
+
+
+def _check_target(arguments: argparse.Namespace) -> None:
+    """Raises :class:`InputError` where OUT would overwrite what is read, or without ``--force`` any file."""
+    target = arguments.target
+    for source in filter(None, (arguments.source, arguments.lora)):
+        if source == TINY or not os.path.exists(source):
+            continue
+        if os.path.exists(target) and os.path.samefile(source, target):
+            raise InputError(f"{target}: is what would be read; choose another name for OUT")
+        if os.path.isdir(source) and Path(source).resolve() in Path(target).resolve().parents:
+            raise InputError(f"{target}: lies in {source}, which would be read; choose an OUT outside of it")
+    if os.path.isfile(target) and not arguments.force:
+        raise InputError(f"{target}: exists already; choose another name, or --force to replace it")
 
 
 def _open(name: str) -> Weights:

@@ -145,7 +145,10 @@ def measure_decode(
     driver: str | None = None,
     tell: Tell | None = None,
 ) -> Samples:
-    """Time ``n`` greedy steps after the prompt; every sample starts from the same state.
+    """Time ``n`` greedy steps after the prompt; every sample starts from the same state with another token.
+
+    So a runtime that remembers what followed what is not timed at remembering. After timing, the first
+    sample's start is run once more, untimed: whether it gives the same ids is ``ids_varied``.
 
     ``driver`` is ``loop``, ``greedy``, or None for ``greedy`` where the session has it and ``loop`` else.
     Raises :class:`MeasureError` for a driver the session lacks or a ``greedy`` that gives other than n ids.
@@ -156,10 +159,10 @@ def measure_decode(
     watch = _Watch()
     logits, state = session.forward(prompt, None)
     watch.see(logits, "prompt", 0, 0)
-    block = _block(session, chosen, _argmax(logits), state, n, clock, watch)
-    del logits
-    taken = _collect(block, sampling, clock, tell)
-    first = taken.samples[0].ids
+    block, starts = _block(session, chosen, state, n, clock, watch), _Starts(_argmax(logits), logits.size)
+    taken = _collect(lambda phase, sample: block(phase, sample, starts.next()), sampling, clock, tell)
+    first, last = taken.samples[0], taken.samples[-1]
+    again = block("repeat", 0, first.start)
     return Samples(
         tokens=n,
         ns=tuple(sum(run.ns) for run in taken.samples),
@@ -167,34 +170,48 @@ def measure_decode(
         stopped=taken.stopped,
         driver=chosen,
         steps=tuple(run.ns for run in taken.samples) if chosen == LOOP else (),
-        ids=first,
-        last_ids=taken.samples[-1].ids,
-        ids_varied=any(run.ids != first for run in (*taken.warmup, *taken.samples)),
+        ids=first.ids,
+        last_ids=last.ids,
+        starts=(first.start, last.start),
+        ids_varied=again.ids != first.ids,
         non_finite_at=watch.found,
     )
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One decode sample: the time of each timed span (a step, or the block) and the ids chosen."""
+    """One decode sample: the time of each timed span (a step, or the block), the token fed first, the ids chosen."""
 
     ns: tuple[int, ...]
+    start: int
     ids: tuple[int, ...]
 
 
+class _Starts:
+    """Tokens to start decode samples with: the most likely one, then others far from each other."""
+
+    def __init__(self, first: int, n_vocab: int) -> None:
+        self._first, self._n_vocab, self._taken = first, n_vocab, 0
+
+    def next(self) -> int:
+        stride = 7919  # a prime, so that no vocabulary but its multiples repeats early
+        self._taken += 1
+        return (self._first + (self._taken - 1) * stride) % self._n_vocab
+
+
 def _block(
-    session: Session, driver: str, token: int, state: State, n: int, clock: Clock, watch: _Watch
-) -> Callable[[str, int], _Run]:
-    """What takes one decode sample with ``driver``."""
+    session: Session, driver: str, state: State, n: int, clock: Clock, watch: _Watch
+) -> Callable[[str, int, int], _Run]:
+    """What takes one decode sample with ``driver`` from a token."""
     if driver == LOOP:
-        return lambda phase, sample: _loop(session, token, state, n, clock, watch, phase, sample)
+        return lambda phase, sample, token: _loop(session, token, state, n, clock, watch, phase, sample)
     if driver != GREEDY:
         raise MeasureError(f"no decode driver {driver!r}; there are {LOOP} and {GREEDY}")
     if not isinstance(session, Generating):
         raise MeasureError("driver greedy: this backend has no greedy loop of its own; use driver loop")
     generating = session
 
-    def take(phase: str, sample: int) -> _Run:
+    def take(phase: str, sample: int, token: int) -> _Run:
         with _gc_paused():
             start = clock()
             ids, after = generating.greedy(token, state, n)
@@ -204,7 +221,7 @@ def _block(
         # A NaN that reached the recurrent state stays there, so the next step shows it. One that only a step's
         # logits had is out of sight here; the driver ``loop`` sees it.
         watch.see(session.forward([int(ids[-1])], after)[0], phase, sample, n)
-        return _Run((end - start,), tuple(int(i) for i in ids))
+        return _Run((end - start,), token, tuple(int(i) for i in ids))
 
     return take
 
@@ -212,7 +229,7 @@ def _block(
 def _loop(
     session: Session, token: int, state: State, n: int, clock: Clock, watch: _Watch, phase: str, sample: int
 ) -> _Run:
-    times, ids = [], []
+    times, ids, first = [], [], token
     for step in range(n):
         with _gc_paused():
             start = clock()
@@ -222,7 +239,7 @@ def _loop(
         watch.see(logits, phase, sample, step)
         token = _argmax(logits)
         ids.append(token)
-    return _Run(tuple(times), tuple(ids))
+    return _Run(tuple(times), first, tuple(ids))
 
 
 @dataclass(frozen=True)

@@ -18,3 +18,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _folded(name: str) -> str:
     return name.lower().replace("o", "0")
+
+
+def one_line(text: str) -> str:
+    """What somebody else's code said, fit for a message: on one line, nothing in it that moves a cursor."""
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

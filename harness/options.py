@@ -246,8 +246,8 @@ def _library(text: str) -> tuple[str, str]:
     if name not in LIBRARIES:
         hint = did_you_mean(name, LIBRARIES)
         raise argparse.ArgumentTypeError(f"{name!r} takes no library; {hint}these do: {', '.join(LIBRARIES)}")
-    if not os.path.isfile(file):
-        raise argparse.ArgumentTypeError(f"{file}: no such file; BACKEND=FILE is needed")
+    if not file:
+        raise argparse.ArgumentTypeError(f"{text!r} names no file; BACKEND=FILE is needed")
     return name, os.path.abspath(file)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from backends.api import BackendInfo, Unavailable
-from backends.index import backend_names, load_backend
+from backends.index import LIBRARIES, backend_names, load_backend
 from harness.budget import needed_bytes
 from harness.hardware import Hardware
-from harness.isolation.placement import Placement
+from harness.isolation.placement import Placement, usable
 from harness.isolation.requirements import BadHeader
 from harness.isolation.start import environment
 from harness.measure import Workload
@@ -100,6 +101,7 @@ def plan(request: Request) -> Plan:
     models = expand(request.models, model_names())
     configs = {model: model_config(model) for model in models}
     found = places_of(request.hardware, request.devices)
+    _check_places(request, found.here)
     places, where = found.here, ", ".join(place.name for place in found.here)
     unreachable = [
         Refused("UNAVAILABLE", why, ALL, ALL, model, name, True)
@@ -121,6 +123,15 @@ def plan(request: Request) -> Plan:
         # What `all` leaves out is no failure, unless nothing at all is left of what was asked.
         refused = [replace(refusal, by_name=True) for refusal in refused]
     return Plan(tuple(cells), tuple(refused), found.absent)
+
+
+def _check_places(request: Request, places: Sequence[Hardware]) -> None:
+    """Raise InputError for what cannot be had of this machine, or of another."""
+    if request.placement is not None and any(place.host is None for place in places):
+        usable(request.placement)
+    host = next((place.host for place in places if place.host is not None), None)
+    if host is not None and request.isolate is False:
+        raise InputError(f"{host} is another machine: its cells cannot run in this process; leave out --in-process")
 
 
 @dataclass(frozen=True)
@@ -145,24 +156,29 @@ class _Asked:
         for scheme in lacking:
             why = f"{backend} has no scheme {scheme}; it has {', '.join(info.schemes)}"
             refuse("UNSUPPORTED", why, scheme, scheme in self.nowhere or (named and scheme != ALL))
-        usable = [place for place in self.places if place.device.split(":")[0] in info.devices]
-        if schemes and not usable:
+        fits = [place for place in self.places if place.device.split(":")[0] in info.devices]
+        if schemes and not fits:
             why = f"{backend} does not run on {devices_of(self.places)}; it runs on {', '.join(info.devices)}"
             refuse("UNSUPPORTED", why, ALL, named and ALL not in request.devices)
-        if backend in self.unready and any(place.host is None for place in usable):
+        variable = LIBRARIES.get(backend, "")
+        if variable in os.environ and any(place.host is not None for place in fits):
+            why = f"{variable} names a library of this machine; name one there in the host's own environment"
+            refuse("UNSUPPORTED", f"{backend}: {why}", ALL, named)
+            fits = [place for place in fits if place.host is None]
+        if backend in self.unready and any(place.host is None for place in fits):
             refuse("UNAVAILABLE", self.unready[backend], ALL, backend in request.backends)
-            usable = [place for place in usable if place.host is not None]
+            fits = [place for place in fits if place.host is not None]
         fitting = []
         for scheme in schemes:
             misfit = _misfit(config, scheme)
             if misfit is None:
                 fitting.append(scheme)
-            elif usable:
+            elif fits:
                 refuse("UNSUPPORTED", misfit, scheme, named and scheme in request.schemes)
         parameters = count_parameters(config)
         cells = [
             Cell(model, backend, scheme, place, request.threads or threads_of(place, parameters), request.workload)
-            for place in usable
+            for place in fits
             for scheme in fitting
         ]
         return cells, refused

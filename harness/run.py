@@ -32,12 +32,14 @@ from harness.cell_rows import (
     reproduce,
     sampled_row,
     timed_row,
+    unjudged,
 )
 from harness.checks import Check
 from harness.isolation.child import ChildDied, ChildTimedOut
 from harness.isolation.remote import RemoteError
 from harness.measure import MeasureError, Samples, Sampling
 from harness.models import Model, gate_tokens, open_model
+from harness.names import one_line
 from harness.parity import Gate, gate
 from harness.plan import Cell, Plan, memory_needed
 from harness.rows import Row, RowError
@@ -107,6 +109,7 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
         raise  # ours, not the backend's
     except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
         verdict, reason = _verdict(error, cell, job)
+        reason = one_line(reason)
         metric = "parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else work.metric
         emit(replace(base, metric=metric, unit="", verdict=verdict, reason=reason))
     finally:
@@ -136,7 +139,7 @@ def _verdict(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
     remote = isinstance(error, RemoteError)
     lines = error.traceback if isinstance(error, RemoteError) else traceback.format_exc()
     where = save_bundle(job.run, str(cell), {"traceback": lines})
-    what = " ".join((str(error) if remote else f"{type(error).__name__}: {error}").split()).rstrip(": ")
+    what = one_line(str(error) if remote else f"{type(error).__name__}: {error}").rstrip(": ")
     return "CRASHED", f"{what}; traceback in {where}"
 
 
@@ -180,16 +183,21 @@ class _Work:
             self.emit(row)
         if not known and found.passed:
             self.tell("quality")
-            for row in quality_rows(base, quality(session, model.weights, timed, model.sha256)):
+            rows = quality_rows(base, quality(session, model.weights, cell.scheme, timed))
+            for row in rows:
                 self.emit(row)
+            if rows[0].verdict != "PASS":
+                self._no_speed(base, f"not timed: {rows[0].reason}")
+                return
+            emit = self.emit
+            self.emit = lambda row: emit(unjudged(row))
         opened.meter.forget()  # what the reference needed is not the backend's
         if job.sampling is None or first is None:
             return
         self.emit(timed_row(base, "load", (opened.load_ns,), found, load_peak))
         self.emit(timed_row(base, "first_call", first.ns, found, load_peak))
         if not found.passed:
-            for metric in ("prefill", "decode"):
-                self.emit(no_speed_row(base, metric, f"not timed: {found.first_bad}"))
+            self._no_speed(base, f"not timed: {found.first_bad}")
             return
         self._measure(opened, base, truth, timed, job.sampling)
 
@@ -200,8 +208,7 @@ class _Work:
         peak = opened.meter.peak_bytes()
         bad = _first_bad(prefill_checks(opened.session, truth, prefill))
         if bad is not None:
-            for metric in ("prefill", "decode"):
-                self.emit(no_speed_row(base, metric, f"no speed: {bad}"))
+            self._no_speed(base, f"no speed: {bad}")
             return
         self.emit(sampled_row(base, "prefill", prefill, peak))
         self.emit(sampled_row(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), peak))
@@ -212,6 +219,10 @@ class _Work:
         bad = _first_bad(decode_checks(opened.session, timed, truth, decode))
         row = sampled_row(base, "decode", decode, peak) if bad is None else None
         self.emit(row or no_speed_row(base, "decode", f"no speed: {bad}"))
+
+    def _no_speed(self, base: Row, why: str) -> None:
+        for metric in ("prefill", "decode"):
+            self.emit(no_speed_row(base, metric, why))
 
     def _begin(self, metric: str, phase: str) -> None:
         self.metric = metric

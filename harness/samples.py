@@ -67,7 +67,7 @@ class Sampling:
 class NonFinite:
     """The first logit that was NaN or infinite while measuring.
 
-    phase   ``prompt`` (untimed, before decode), ``warm-up`` or ``sample``
+    phase   ``prompt`` (untimed, before decode), ``warm-up``, ``sample`` or ``repeat`` (untimed, after it)
     sample  which warm-up or timed sample, from 0
     step    decode step within it, from 0; 0 for a prefill. Decode step n is, for the driver ``greedy``
             whose own logits are out of sight, the one step run after a block of n
@@ -97,7 +97,8 @@ class Samples:
     first_token_ns  prefill only: prompt to token id, taken in the same samples as ``ns``
     steps           ``loop`` only: per sample, the time of each step; they sum to ``ns``
     ids, last_ids   decode: token ids chosen in the first and in the last sample
-    ids_varied      decode: a later sample, from the same state, chose other ids
+    starts          decode: the tokens those two were started with
+    ids_varied      decode: the first sample, run again, chose other ids
     last_prompt     prefill, first call: the prompt of the last sample
     last_logits     prefill, first call: what it returned, ``(n_vocab,)``; in memory only, for whoever checks it
     non_finite_at   the first NaN or Inf seen; times after it are still recorded
@@ -112,6 +113,7 @@ class Samples:
     steps: tuple[tuple[int, ...], ...] = ()
     ids: tuple[int, ...] = ()
     last_ids: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
     last_prompt: tuple[int, ...] = ()
     last_logits: np.ndarray | None = field(default=None, compare=False, repr=False)
     ids_varied: bool = False
@@ -125,7 +127,7 @@ class Samples:
     def from_dict(fields: Mapping[str, Any]) -> Samples:
         """What :meth:`to_dict` gave, also after a journey through JSON."""
         known = dict(fields)
-        for name in ("ns", "warmup_ns", "first_token_ns", "ids", "last_ids", "last_prompt"):
+        for name in ("ns", "warmup_ns", "first_token_ns", "ids", "last_ids", "starts", "last_prompt"):
             known[name] = tuple(known.get(name, ()))
         known["steps"] = tuple(tuple(steps) for steps in known.get("steps", ()))
         found = known.get("non_finite_at")

@@ -10,7 +10,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from backends.api import BackendInfo, Closing, Session, Unsupported
+from backends.api import BackendInfo, Closing, Session, Unavailable, Unsupported
 from backends.index import load_backend, place
 from harness.inventory import Host
 from harness.isolation import hosts, start
@@ -108,7 +108,12 @@ def open_session(
 def _opened_here(
     module: ModuleType, model: str | Model | Weights, scheme: str, device: str, threads: int | None
 ) -> Iterator[Opened]:
-    check(module)
+    try:
+        check(module)
+    except Unavailable as error:
+        if start.requirements(module) is None:
+            raise
+        raise Unavailable(error.reason, f"{error.how_to_get_it}; or leave out --in-process") from None
     weights = _weights(model)
     meter = HereMeter()
     try:
@@ -146,9 +151,8 @@ class _Load:
 @contextmanager
 def _opened_apart(load: _Load, apart: Apart, tell: Tell) -> Iterator[Opened]:
     info: BackendInfo = load.module.INFO
-    bound = apart.placement or Placement(None)
     with _line_there(load, apart, tell) if apart.host else _line_here(load, apart, tell) as (line, found):
-        answer = line.open(tell, **found, threads=load.threads, cpus=bound.cpus, node=bound.node)
+        answer = line.open(tell, **found, threads=load.threads, cpus=apart.placement and str(apart.placement))
         yield Opened(
             session=remote_session(line, answer["capabilities"]),
             info=info,
@@ -174,8 +178,7 @@ def _line_here(load: _Load, apart: Apart, tell: Tell) -> Iterator[_Ready]:
     line = start.start(load.backend, load.module, load.threads, apart.timeout)
     try:
         if hasattr(load.module, "prepare"):
-            # A conversion says nothing while it runs; it is long for a large model, and done once.
-            line.child.timeout = apart.timeout or PREPARING_SECONDS
+            line.child.timeout = _preparing(apart)
             if line.prepare(tell, **_asked(load, line)) > PREPARED_SECONDS:
                 # It has left libraries and heap behind that are not the backend's.
                 line.child.kill()
@@ -195,11 +198,27 @@ def _asked(load: _Load, line: Line) -> dict[str, Any]:
 def _line_there(load: _Load, apart: Apart, tell: Tell) -> Iterator[_Ready]:
     """A worker on a host; ends with the block."""
     assert apart.host is not None
+    if hasattr(load.module, "prepare"):
+        with _started_there(load, apart, tell) as (line, asked):
+            line.child.timeout = _preparing(apart)
+            line.prepare(tell, **asked)
+    with _started_there(load, apart, tell) as ready:
+        yield ready
+
+
+@contextmanager
+def _started_there(load: _Load, apart: Apart, tell: Tell) -> Iterator[_Ready]:
+    assert apart.host is not None
     with hosts.connected(apart.host) as line:
         where = hosts.model_there(line, apart.host, load.weights, load.seed, load.name, tell)
         hosts.start_there(line, apart.host, load.backend, load.module, load.threads, apart.timeout)
         found = {"backend": hosts.backend_there(load.backend), "model": where}
         yield line, {**found, "scheme": load.scheme, "device": load.device}
+
+
+def _preparing(apart: Apart) -> float:
+    """Seconds that a conversion may take: it says nothing while it runs, is long for a large model, and done once."""
+    return PREPARING_SECONDS if apart.timeout is None else 20 * apart.timeout
 
 
 def check(module: ModuleType) -> None:

@@ -52,9 +52,9 @@ def returned_check(name: str, session: Session, truth: Truth, timed: Samples) ->
 def decode_checks(session: Session, prompt: Sequence[int], truth: Truth, timed: Samples) -> list[Check]:
     """After timing decode: the ids of the first and the last sample, and the gate's main checks once more."""
     checks = again(session, truth)
-    logits, state = call(session, prompt, None)  # as decode was started: in half precision logits tie
-    for ids in dict.fromkeys([timed.ids, timed.last_ids]):
-        checks.append(ids_check("timed decode", session, truth, int(logits.argmax()), state, ids)[0])
+    _, state = call(session, prompt, None)  # as decode was started: in half precision logits tie
+    for token, ids in dict.fromkeys(zip(timed.starts, (timed.ids, timed.last_ids), strict=True)):
+        checks.append(ids_check("timed decode", session, truth, token, state, ids)[0])
     return checks
 
 

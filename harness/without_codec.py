@@ -2,22 +2,27 @@
 
 The session is held against itself: whatever its weights are, decode, prefill, chunks and replayed states
 must agree. And its logits are held against the model's own weights, which judges scheme and kernel together:
-quality, not parity.
+quality, not parity. Beyond a limit, which another scheme of the class sets, that is a failure. What passes is
+not judged: its speeds stand without a PASS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from backends.api import Session, State, StateAccess
+from harness.budget import hold
 from harness.checks import call, problem
 from harness.compare import kl_divergence, top1_agreement, topk_overlap
 from harness.tolerance import Truth, derive
+from reference.errors import ConfigError
+from reference.forward import forward
 from reference.numerics import Arithmetic
-from reference.schemes import SCHEMES
+from reference.schemes import SCHEMES, apply, stored_bytes
 from reference.weights import Weights
 
 #: Both sides of a comparison of a session with itself may be off.
@@ -30,9 +35,13 @@ class NotComparable(Exception):
 
 @dataclass(frozen=True)
 class Quality:
-    """Distance of a session's logits from those of the fp32 weights, over ``positions`` of one prompt."""
+    """Distance of a session's logits from those of the fp32 weights, over ``positions`` of one prompt.
+
+    limit    divergence beyond which the session is wrong, whatever its scheme
+    """
 
     positions: int
+    limit: float
     kl_divergence: float
     top1_agreement: float
     top5_agreement: float
@@ -75,16 +84,42 @@ def own_truth(
     return found
 
 
-def quality(session: Session, weights: Weights, tokens: Sequence[int], key: str) -> Quality:
+def quality(session: Session, weights: Weights, scheme: str, tokens: Sequence[int]) -> Quality:
     """Over every position of ``tokens``, fed one at a time. Raises :class:`NotComparable`."""
-    exact = derive(weights, "fp32", Arithmetic(), tokens, key).logits
+    exact, _ = forward(weights, tokens, all_logits=True)
     logits, _ = steps(session, tokens, weights.config.n_vocab)
     return Quality(
         len(tokens),
+        _limit(weights, scheme, tokens, exact),
         kl_divergence(logits, exact),
         top1_agreement(logits, exact),
         topk_overlap(logits, exact, min(5, exact.shape[-1])),
     )
+
+
+#: A scheme may be this many times as far from the fp32 weights as another of its class whose weights are known.
+WORSE = 4.0
+
+
+def _limit(weights: Weights, scheme: str, tokens: Sequence[int], exact: np.ndarray) -> float:
+    """Half of what a model without memory is off by; where the class has a known scheme, WORSE times that one's."""
+    forgetful = np.concatenate([forward(weights, [token], all_logits=True)[0] for token in tokens])
+    limit = kl_divergence(forgetful, exact) / 2
+    for known in _alike(weights, scheme):
+        stored = hold(apply(weights, known))
+        return min(limit, WORSE * kl_divergence(forward(stored, tokens, all_logits=True)[0], exact))
+    return limit
+
+
+def _alike(weights: Weights, scheme: str) -> Iterator[str]:
+    """Schemes of the same class whose weights are known here and that can store this model; ggml's first."""
+    if scheme not in SCHEMES:
+        return
+    same = [s.name for s in SCHEMES.values() if s.codec and s.scheme_class == SCHEMES[scheme].scheme_class]
+    for name in sorted(same, key=lambda name: not name.startswith("Q")):
+        with suppress(ConfigError):
+            stored_bytes(weights.config, name)
+            yield name
 
 
 def steps(session: Session, tokens: Sequence[int], n_vocab: int) -> tuple[np.ndarray, list[State]]:

@@ -4,6 +4,8 @@ A file of RWKV-LM-LoRA (https://github.com/Blealtan/RWKV-LM-LoRA) holds for some
 ``NAME.lora_A (r, K)`` and ``NAME.lora_B (N, r)``, NAME without its ``.weight``, and whole tensors that
 replace those of the checkpoint, such as LayerNorms and ``time_*``. Merged is ``W + B A alpha / r``.
 
+A file without a pair is no LoRA: an ordinary checkpoint would replace everything.
+
 Every merged tensor keeps the stored type that it has in the checkpoint; the sum is taken in float64 and
 rounded once.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,19 +32,23 @@ from reference.weights import Tensor, Weights
 #: Merge at most this many weights at a time.
 _BLOCK_ELEMENTS = 1 << 20
 
+_PAIRED = re.compile(r"\.lora_[AB](\.weight)?$")
+
 
 def merge_lora(weights: Weights, path: str | os.PathLike[str], alpha: float) -> Weights:
     """``weights`` with the LoRA file merged in; every tensor is merged as it is read.
 
     alpha  the ``lora_alpha`` that the file was trained with, which it does not say itself
 
-    Raises :class:`CheckpointError` where a tensor of the file has no place in the checkpoint or another
-    shape, :class:`ConfigError` for an ``alpha`` that is no number or weights that are quantized.
+    Raises :class:`CheckpointError` where the file has no pair, or a tensor of it has no place in the
+    checkpoint or another shape, :class:`ConfigError` for an ``alpha`` that is no number or weights that are quantized.
     """
     if not math.isfinite(alpha):
         raise ConfigError(f"lora_alpha is {alpha}; a finite number is expected")
     source = os.fspath(path)
     found = dict(read_file(source).tensors)
+    if not any(_PAIRED.search(name) for name in found):
+        raise CheckpointError(f"{source}: holds no pair NAME.lora_A and NAME.lora_B, so it is no LoRA file")
     merged: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         changed = _replaced(name, tensor, found, source)
@@ -52,10 +59,15 @@ def merge_lora(weights: Weights, path: str | os.PathLike[str], alpha: float) -> 
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise CheckpointError(f"{source}: tensor {quoted(next(iter(found)))}{more} has no place in {weights.source}")
-    if all(merged[name] is weights[name] for name in weights):
-        raise CheckpointError(f"{source}: holds nothing to merge")
     metadata = {**weights.metadata, "lora": os.path.basename(source), "lora_alpha": str(alpha)}
     return replace(weights, tensors=merged, key="", metadata=metadata)
+
+
+def merge_counts(weights: Weights) -> tuple[int, int]:
+    """How many matrices of what :func:`merge_lora` returned have a pair added, and how many tensors are replaced."""
+    merged = [tensor for _, tensor in weights.items() if isinstance(tensor, _Merged)]
+    replaced = sum(tensor.pair is None or isinstance(tensor.base, _Merged) for tensor in merged)
+    return sum(tensor.pair is not None for tensor in merged), replaced
 
 
 def _replaced(name: str, tensor: Tensor, found: dict[str, Tensor], source: str) -> Tensor:

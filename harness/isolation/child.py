@@ -80,6 +80,7 @@ class Child:
             self._private.remove()
             raise
         self.process, self._near, self._lifeline = started
+        self._private.mark(self.process.pid)  # long before its interpreter runs anything
         self._out: Tail | None = None
         self._err: Tail | None = None
         _alive.add(self)

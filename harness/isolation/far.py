@@ -63,21 +63,25 @@ class Far:
     def __init__(self, archive: str, channel: Channel) -> None:
         self.child: Child | None = None
         self._archive, self._channel = archive, channel
+        self._asked = 0
 
     def serve_one(self) -> None:
         """Receive a request, answer it."""
         request, arrays = self._channel.receive()
+        self._asked = request.pop("id")
         request.pop("free", None)
         try:
             answer = getattr(self, f"do_{request.pop('do')}")(*arrays, **request)
         except Unavailable as error:
-            told = {"kind": "Unavailable", "text": error.reason, "how": error.how_to_get_it, "traceback": ""}
-            self._channel.send({"error": told})
+            self._refuse("Unavailable", error, error.reason, error.how_to_get_it)
         except Exception as error:  # noqa: BLE001 - the near side tells the user
-            told = {"kind": type(error).__name__, "text": str(error), "how": "", "traceback": ""}
-            self._channel.send({"error": told})
+            self._refuse("other", error, str(error), "")
         else:
-            self._channel.send({"ok": answer})
+            self._channel.send({"id": self._asked, "ok": answer})
+
+    def _refuse(self, kind: str, error: Exception, text: str, how: str) -> None:
+        told = {"kind": kind, "name": type(error).__name__, "text": text, "how": how, "traceback": ""}
+        self._channel.send({"id": self._asked, "error": told})
 
     def do_facts(self) -> Answer:
         """Devices, and what bears on speed."""
@@ -112,7 +116,10 @@ class Far:
     def do_setup(self, backend: str, wanted: Mapping[str, Any], environments: str | None) -> Answer:
         """Build an environment."""
         _use(environments)
-        tell = lambda line: self._channel.send({"event": "progress", "text": line})  # noqa: E731
+
+        def tell(line: str) -> None:
+            self._channel.send({"id": self._asked, "event": "progress", "text": line})
+
         made = build(backend, _requirements(wanted), tell)
         return {"python": made.version, "packages": len(made.lock)}
 
@@ -151,8 +158,8 @@ def _pass_through(child: Child, read_file: int, write_file: int, channel: Channe
                     return
                 if not block:
                     text = child.how_it_ended() + child.last_words()
-                    told = {"kind": "ChildDied", "text": text, "how": "", "traceback": ""}
-                    channel.send({"error": told})
+                    # Without the number of a request: those are read by the worker only.
+                    channel.send({"died": text})
                     return
                 if file == near:
                     child.channel.send_bytes(block)

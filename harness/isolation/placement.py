@@ -25,7 +25,7 @@ class BadPlacement(InputError):
 
 @dataclass(frozen=True)
 class Placement:
-    """CPUs by number (``None``: any), and the NUMA node whose memory goes with them, if that was asked for."""
+    """CPUs by number, or a NUMA node, which stands for its CPUs and its memory wherever the process runs."""
 
     cpus: tuple[int, ...] | None
     node: int | None = None
@@ -35,36 +35,45 @@ class Placement:
 
 
 def parse(text: str) -> Placement:
-    """``0-3,6`` or ``node:0``. Raises :class:`BadPlacement`."""
+    """``0-3,6`` or ``node:0``, as it is written. Raises :class:`BadPlacement`."""
     node = re.fullmatch(r"node:([0-9]{1,4})", text)
-    if node:
-        try:
-            with open(_NODE_CPUS.format(node[1])) as file:
-                return Placement(_numbers(file.read().strip()), int(node[1]))
-        except OSError:
-            raise BadPlacement(f"--cpus {text}: this machine has no such NUMA node; give CPUs, such as 0-3") from None
-    return Placement(_numbers(text))
+    return Placement(None, int(node[1])) if node else Placement(_numbers(text))
 
 
-def check(placement: Placement) -> None:
-    """Raise :class:`BadPlacement` for CPUs that this process may not use, or a system without a way to say it."""
+def usable(placement: Placement) -> tuple[int, ...]:
+    """The CPUs that a placement means on this machine.
+
+    Raises :class:`BadPlacement` for those that this process may not use, or a system without a way to say it.
+    """
+    cpus = _of_node(placement.node) if placement.cpus is None else placement.cpus
     if not hasattr(os, "sched_getaffinity"):
         raise BadPlacement("--cpus: this system cannot bind a process to CPUs; leave it out")
     allowed = os.sched_getaffinity(0)
-    missing = [cpu for cpu in placement.cpus or () if cpu not in allowed]
+    missing = [cpu for cpu in cpus if cpu not in allowed]
     if missing:
         raise BadPlacement(
             f"--cpus: CPU {as_ranges(missing)} is not to be had; usable are {as_ranges(sorted(allowed))}"
         )
+    return cpus
 
 
-def pin(cpus: Sequence[int] | None, node: int | None = None) -> str | None:
-    """Bind this process, the threads it has and those it will start to ``cpus``; what it is bound to, or ``None``.
+def _of_node(node: int | None) -> tuple[int, ...]:
+    try:
+        with open(_NODE_CPUS.format(node)) as file:
+            return _numbers(file.read().strip())
+    except OSError:
+        raise BadPlacement(f"--cpus node:{node}: no such NUMA node there; give CPUs, such as 0-3") from None
 
-    Memory is bound to ``node`` where the kernel lets us; the answer says whether it did.
+
+def pin(placement: Placement | None) -> str | None:
+    """Bind this process, the threads it has and those it will start; what it is bound to, or ``None``.
+
+    Memory is bound to a node where the kernel lets us; the answer says whether it did. Raises
+    :class:`BadPlacement`.
     """
-    if cpus is None:
+    if placement is None:
         return None
+    cpus, node = usable(placement), placement.node
     os.sched_setaffinity(0, cpus)
     for thread in _threads():  # importing numpy has started those of its BLAS, and the call above is of one thread
         with contextlib.suppress(ProcessLookupError):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from backends.api import State, Tap, Unavailable, Unsupported
+from harness.isolation.answers import check_answer
 from harness.isolation.child import CLOSING_SECONDS, Child, ChildDied, alone
 from harness.isolation.frames import sendable
 from harness.measure import MeasureError, Samples, Sampling
@@ -52,6 +53,7 @@ class Line:
     def __init__(self, child: Child) -> None:
         self.child = child
         self._dropped: list[int] = []
+        self._count = 0
         self._lock, self._asking = threading.RLock(), False
         self.greeted()
 
@@ -73,9 +75,12 @@ class Line:
         """
         problem: Exception | None = None
         with self._alone_with(do) as freed:
-            self.child.channel.send({"do": do, "free": freed, **arguments}, arrays)
+            self._count += 1
+            self.child.channel.send({"do": do, "id": self._count, "free": freed, **arguments}, arrays)
             while True:
                 header, found = self.child.channel.receive()
+                if not (self.child.elsewhere and "died" in header):  # which the host says, not the worker
+                    check_answer(header, found, do, self._count)
                 self.child.sign_of_life()
                 if "event" not in header:
                     break
@@ -86,8 +91,10 @@ class Line:
                         problem = error
         if problem is not None:
             raise problem
+        if "died" in header:
+            raise ChildDied(str(header["died"]).replace(DOING, do.replace("_", " ")))
         if "error" in header:
-            _raise(header["error"], do)
+            _raise(header["error"])
         return header["ok"], found
 
     @contextmanager
@@ -242,10 +249,8 @@ def _progress(
     return event
 
 
-def _raise(error: Mapping[str, str], do: str) -> None:
+def _raise(error: Mapping[str, str]) -> None:
     kind, text = error["kind"], error["text"]
-    if kind == ChildDied.__name__:  # of a worker on another machine
-        raise ChildDied(text.replace(DOING, do.replace("_", " ")))
     if kind == "Unavailable":
         raise Unavailable(text, error["how"])
     if kind in (Unsupported.__name__, MeasureError.__name__):
@@ -253,7 +258,7 @@ def _raise(error: Mapping[str, str], do: str) -> None:
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, InputError):
         raise known(text)
-    raise RemoteError(f"{kind}: {text}", error["traceback"])
+    raise RemoteError(f"{error['name']}: {text}", error["traceback"])
 
 
 def _array(answer: Mapping[str, Any], arrays: list[np.ndarray]) -> np.ndarray:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from backends.api import Unavailable
 from harness.isolation.archive import BOOT, PATHS, code_archive
-from harness.isolation.child import Child
+from harness.isolation.child import Child, ChildDied
 from harness.isolation.environments import Environment, find
 from harness.isolation.remote import Line
 from harness.isolation.requirements import Requirements, declared
@@ -57,7 +58,18 @@ def start(name: str, backend: ModuleType, threads: int | None = None, timeout: f
     if found is None:
         # What is importable here is so there: -I leaves out what PYTHONPATH and the user's own folder have.
         told[PATHS] = json.dumps([os.path.abspath(path) for path in sys.path])
-    child = Child([python, *_UTF8, "-I", "-c", BOOT, os.fspath(code_archive())], told, timeout)
+    command = [python, *_UTF8, "-I", "-c", BOOT, os.fspath(code_archive())]
+    if found is None:
+        return _started(command, told, timeout)
+    try:
+        return _started(command, told, timeout)
+    except (ChildDied, OSError) as error:
+        cure = f"delete {found.python.parents[1]} and run rwkv-bench setup {name}"
+        raise Unavailable(f"{name}: its environment does not start: {error}", cure) from None
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str], timeout: float | None) -> Line:
+    child = Child(command, environment, timeout)
     try:
         return Line(child)
     except BaseException:

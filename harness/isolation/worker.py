@@ -4,9 +4,9 @@ Started as ``python -I -c BOOT ARCHIVE READ WRITE``: the code comes from the arc
 go over two descriptors nobody else knows. Whatever the backend prints goes to stdout and stderr, which the
 near side only drains.
 
-    request   {"do": name, "free": [state ids], ...} and arrays
-    answer    {"ok": {...}} and arrays, or {"error": {"kind", "text", "how", "traceback"}}
-    between   {"event": "tap" | "progress", ...}: does not end the request
+    request   {"do": name, "id": number, "free": [state ids], ...} and arrays
+    answer    {"id", "ok": {...}} and arrays, or {"id", "error": {"kind", "name", "text", "how", "traceback"}}
+    between   {"id", "event": "tap" | "progress", ...}: does not end the request
 
 Needs only the standard library and numpy, and Python 3.9, because foreign interpreters run it.
 """
@@ -30,7 +30,7 @@ import reference
 from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, Unavailable, Unsupported
 from harness.isolation import lifeline
 from harness.isolation.frames import Channel, ChannelClosed, sendable
-from harness.isolation.placement import pin
+from harness.isolation.placement import parse, pin
 from harness.isolation.sources import backend_of, optional, weights_of
 from harness.measure import (
     MeasureError,
@@ -87,19 +87,21 @@ class Worker:
         self._span: MemorySpan | None = None
         self._states: dict[int, Any] = {}
         self._count = 0
+        self._asked = 0
 
     def serve_one(self) -> None:
         """Receive a request, answer it."""
         request, arrays = self._channel.receive()
+        self._asked = request.pop("id")
         for number in request.pop("free", ()):
             self._states.pop(number, None)
         handler: Callable[..., Answer] = getattr(self, f"do_{request.pop('do')}")
         try:
             answer, out = handler(*arrays, **request)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is an answer
-            self._channel.send({"error": _described(error)})
+            self._channel.send({"id": self._asked, "error": _described(error)})
             return
-        self._channel.send({"ok": answer}, out)
+        self._channel.send({"id": self._asked, "ok": answer}, out)
 
     def do_hello(self) -> Answer:
         """Who and where this is."""
@@ -112,11 +114,10 @@ class Worker:
         scheme: str,
         device: str,
         threads: int | None,
-        cpus: Sequence[int] | None,
-        node: int | None,
+        cpus: str | None,
     ) -> Answer:
         """Load a model into a backend; times and memory are taken here."""
-        placed = pin(cpus, node)
+        placed = pin(None if cpus is None else parse(cpus))
         module = backend_of(backend)
         optional(module, "check")
         weights = weights_of(model)
@@ -199,10 +200,10 @@ class Worker:
 
     def tell(self, text: str) -> None:
         """Say what is being done: a sign of life for the near side's time limit."""
-        self._channel.send({"event": "progress", "text": text})
+        self._channel.send({"id": self._asked, "event": "progress", "text": text})
 
     def _tap(self, name: str, array: np.ndarray) -> None:
-        self._channel.send({"event": "tap", "name": name}, [np.asarray(array)])
+        self._channel.send({"id": self._asked, "event": "tap", "name": name}, [np.asarray(array)])
 
     def _state(self, number: int | None) -> Any:
         return None if number is None else self._states[number]
@@ -230,14 +231,15 @@ class Worker:
 
 
 def _described(error: Exception) -> dict[str, Any]:
+    """``kind`` is never a name that the backend chose: it may call its own exception like one of ours."""
     kinds = (Unavailable, Unsupported, MeasureError, InputError)
-    kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), type(error).__name__)
+    kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), "other")
     if isinstance(error, InputError) and hasattr(errors, type(error).__name__):
         kind = type(error).__name__
     text = error.reason if isinstance(error, Unavailable) else str(error)
     how = error.how_to_get_it if isinstance(error, Unavailable) else ""
     lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return {"kind": kind, "text": text, "how": how, "traceback": lines}
+    return {"kind": kind, "name": type(error).__name__, "text": text, "how": how, "traceback": lines}
 
 
 def _check_code(archive: str) -> None:

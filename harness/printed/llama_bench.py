@@ -43,6 +43,7 @@ _FACTS = (
     *("n_gpu_layers", "n_batch", "n_ubatch", "flash_attn", "stddev_ts", "samples_ts"),
     *("model", "size", "params", "backend", "ngl", "fa"),
 )
+_READ = ("n_prompt", "n_gen", "n_depth", "avg_ts", "n_threads", "test_time", "build_commit", "build_number")
 _SQL = "sql is not read; run llama-bench with -o jsonl"
 
 
@@ -136,8 +137,9 @@ class _Found:
             line = at + text.count("\n", 0, start)
             try:
                 record, end = decoder.raw_decode(text, start)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                why = "nested too deeply" if isinstance(error, RecursionError) else why
                 self.reject(line, text[start:], f"not a whole JSON object ({why})")
                 break
             if "avg_ts" in record:
@@ -185,6 +187,9 @@ def _from_table(cells: Mapping[str, str]) -> dict[str, Any]:
 
 def _figure(record: Mapping[str, Any], line: int, text: str) -> Figure:
     """Raises :class:`Unusable`."""
+    for name in (*_READ, *_FACTS):
+        if not _is_flat(record.get(name)):
+            raise Unusable(f"{name} is neither a value nor a list of values")
     prompt, output, depth = (whole(str(record.get(name) or 0)) for name in ("n_prompt", "n_gen", "n_depth"))
     if bool(prompt) == bool(output):
         test = record.get("test") or f"pp{prompt}+tg{output}"
@@ -204,6 +209,10 @@ def _figure(record: Mapping[str, Any], line: int, text: str) -> Figure:
         facts["stddev_ts"] = spread(str(facts["stddev_ts"]))
     remark = f"after {depth} tokens" if prompt and depth else ""
     return Figure("prefill" if prompt else "decode", value, line, text, says, {**facts, "depth": depth}, remark)
+
+
+def _is_flat(value: Any) -> bool:
+    return not any(isinstance(item, (dict, list)) for item in (value if isinstance(value, list) else [value]))
 
 
 def _saying(figure: Figure, name: str, value: str) -> Figure:

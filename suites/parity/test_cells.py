@@ -21,7 +21,7 @@ from harness.session import Opened
 from harness.timed_check import following, long_check
 from harness.tolerance import K, Truth, beyond_gate
 from harness.trace_point import first_bad_point
-from harness.without_codec import has_codec, truth_for
+from harness.without_codec import has_codec, quality, truth_for
 from reference.config import Config
 from reference.errors import ConfigError
 from reference.forward import forward
@@ -81,6 +81,14 @@ def test_long_prompt(cell: Cell, opened: Opened, truth: Truth, model: Model) -> 
     known = has_codec(cell.scheme)
     beyond = beyond_gate(model.weights, cell.scheme, prompt, following(prompt), model.sha256) if known else None
     judge(cell, long_check(opened.session, prompt, truth, beyond))
+
+
+def test_quality_where_nothing_else_can_be_judged(cell: Cell, opened: Opened, model: Model) -> None:
+    """A scheme without a codec is about as far from the fp32 weights as another of its class."""
+    if has_codec(cell.scheme):
+        pytest.skip(f"{cell.scheme} has a codec, so its kernel is judged")
+    found = quality(opened.session, model.weights, cell.scheme, gate_tokens(model, 64))
+    assert found.kl_divergence <= found.limit
 
 
 @RELAXED

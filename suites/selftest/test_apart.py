@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytest
 
 from backends.api import Generating, Scoring, StateAccess, Traceable
 from harness.checks import problem
+from harness.isolation.answers import check_answer
+from harness.isolation.frames import FrameError
 from harness.isolation.remote import RemoteError
 from harness.measure import MeasureError, Sampling
 from harness.session import Apart, Opened, open_session
@@ -50,6 +52,8 @@ class Session:
             time.sleep(0.02)
         if tokens == [102]:
             raise RuntimeError("kernel launch failed")
+        if tokens[0] in range(110, 110 + len(ALIKE)):
+            raise type(ALIKE[tokens[0] - 110], (Exception,), {})("out of memory")
         return np.zeros(4, np.float32), State((state.count if state else 0) + len(tokens))
 
     def export_state(self, state):
@@ -95,11 +99,15 @@ GARBAGE = [
 ]
 
 
+#: What a runtime may call its own exceptions.
+ALIKE = ["ChildDied", "ChildTimedOut", "Unavailable", "Unsupported", "MeasureError", "InputError", "died", "other"]
+
+
 @pytest.fixture
 def scripted(tmp_path: Path) -> str:
     path = tmp_path / "my backends" / "scripted.py"
     path.parent.mkdir()
-    path.write_text(f"GARBAGE = {GARBAGE!r}\n{SCRIPTED}")
+    path.write_text(f"GARBAGE = {GARBAGE!r}\nALIKE = {ALIKE!r}\n{SCRIPTED}")
     return str(path)
 
 
@@ -227,6 +235,46 @@ def test_an_exception_of_the_backend_leaves_the_session_usable(apart: Opened) ->
         apart.session.forward([102], None)
     assert "scripted.py" in caught.value.traceback
     assert apart.session.forward([1], None)[0].shape == (4,)
+
+
+@pytest.mark.parametrize("number", range(len(ALIKE)), ids=ALIKE)
+def test_an_exception_called_like_one_of_ours_is_the_backends(number: int, apart: Opened) -> None:
+    with pytest.raises(RemoteError, match=f"^{ALIKE[number]}: out of memory$"):
+        apart.session.forward([110 + number], None)
+    assert apart.session.forward([1], None)[0].shape == (4,)
+
+
+#: Headers that may follow request 3, one to ``forward``: whether they do.
+_HEADERS: list[tuple[dict[str, Any], bool]] = [
+    ({"id": 3, "ok": {"state": 1, "type": "list"}}, True),
+    ({"id": 3, "ok": {"state": 1}}, False),
+    ({"id": 3, "ok": {"type": "list"}}, False),
+    ({"id": 3, "ok": {}}, False),
+    ({"id": 3, "ok": []}, False),
+    ({"id": 3}, False),
+    ({"id": 2, "ok": {"state": 1, "type": "list"}}, False),
+    ({"ok": {"state": 1, "type": "list"}}, False),
+    ({"id": 3, "event": "progress", "text": "loading"}, True),
+    ({"id": 3, "event": "progress"}, False),
+    ({"id": 3, "event": "tap", "name": "emb"}, False),
+    ({"id": 3, "event": ["tap"]}, False),
+    ({"event": "progress", "text": "loading"}, False),
+    ({"id": 3, "error": {"kind": "other", "name": "E", "text": "", "how": "", "traceback": ""}}, True),
+    ({"id": 3, "error": {"kind": "other"}}, False),
+    ({"id": 3, "error": "E"}, False),
+    ({"died": "of nothing"}, False),
+]
+
+
+@pytest.mark.parametrize(("header", "right"), _HEADERS, ids=str)
+def test_an_answer_is_to_what_was_asked_and_complete(header: dict[str, Any], right: bool) -> None:
+    with nullcontext() if right else pytest.raises(FrameError, match="^an answer "):
+        check_answer(header, [], "forward", 3)
+
+
+def test_an_array_stands_for_its_type() -> None:
+    check_answer({"id": 3, "ok": {"state": 1}}, [np.zeros(3)], "forward", 3)
+    check_answer({"id": 3, "event": "tap", "name": "emb"}, [np.zeros(3)], "trace", 3)
 
 
 def test_a_callback_that_raises_does_not_shift_the_answers(small: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,113 @@ def test_the_child_refuses_other_code_than_ours(small: str, monkeypatch: pytest.
     words = r"harness comes from .* the environment holds a copy of it"
     with pytest.raises(ChildDied, match=words), open_session("numpy", small, "fp32", isolate=True):
         pytest.fail("it must not start")
+
+
+#: What a runtime may start: a process without parent, session, environment, folder or descriptors of ours.
+DAEMON = """\
+read_end, write_end = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.chdir("/")
+        os.closerange(0, 3)
+        os.write(write_end, str(os.getpid()).encode())
+        os.execve(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)"], {})
+    os._exit(0)
+os.close(write_end)
+number = b""
+while block := os.read(read_end, 99):
+    number += block
+os.write(fd, number.ljust(8))
+"""
+
+
+@pytest.mark.parametrize("first", ["nobody", "the worker"])
+def test_a_daemon_ends_with_its_child_whoever_dies_first(first: str) -> None:
+    made = child(f"{DAEMON}\nos.read(fd, 1)")
+    with made.waiting("starting a daemon"):
+        number = int(made.channel._read(8))
+    stat = Path(f"/proc/{number}/stat")
+    assert stat.read_text().rpartition(")")[2].split()[1] != str(made.process.pid)
+    assert Path(f"/proc/{number}/environ").read_bytes() == b""
+    if first == "the worker":
+        os.kill(made.process.pid, signal.SIGKILL)
+        made.process.wait()
+        time.sleep(0.2)
+    assert os.path.exists(f"/proc/{number}/exe")
+    made.kill()
+    assert _gone(number)
+
+
+def test_a_daemon_whose_harness_was_killed_ends_with_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"from suites.selftest.test_child import DAEMON, child; print(child(DAEMON + {'time.sleep(99)'!r})"
+    code += ".channel._read(8).decode(), flush=True); import time; time.sleep(99)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        number = int(parent.stdout.readline())
+        parent.kill()
+    assert not _gone(number)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    leftovers.sweep()
+    assert _gone(number)
+    assert os.listdir(tmp_path) == []
+
+
+def _gone(number: int) -> bool:
+    """Whether it runs no more; a zombie is somebody else's to collect."""
+    return not os.path.exists(f"/proc/{number}/exe")
+
+
+def test_who_starts_others_faster_than_they_are_found_is_ended() -> None:
+    """A daemon that goes from process to process, each with a new number."""
+    hop = "import os, time\nwhile os.fork() == 0: time.sleep(0.02)"
+    made = child(DAEMON.replace("import time; time.sleep(1000)", "{hop}").replace('"{hop}"', repr(hop)))
+    with made.waiting("starting a daemon"):
+        made.channel._read(8)
+    marked = leftovers._limit_of(made.folder)
+    assert _with_limit(marked)
+    made.kill()
+    assert not _with_limit(marked)
+
+
+def _with_limit(limit: int) -> list[int]:
+    """Processes with that limit that still run."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if str(limit) in Path(f"/proc/{name}/limits").read_text() and not _gone(int(name)):
+                found.append(int(name))
+    return found
+
+
+def test_processes_of_others_are_left_alone() -> None:
+    """Two children at once, and a process that has nothing to do with either."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    one, two = child("time.sleep(100)"), child("time.sleep(100)")
+    try:
+        one.kill()
+        assert (other.poll(), two.process.poll()) == (None, None)
+    finally:
+        two.kill()
+        other.kill()
+        other.wait()
+
+
+def test_a_limit_that_is_set_already_is_left_as_it_is() -> None:
+    """A lower one, of somebody who knows why; the processes are then told by their temporary folder."""
+    limited = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(100)"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_RTTIME, (10**9, 10**9)),
+    )
+    folder = leftovers.Folder()
+    try:
+        folder.mark(limited.pid)
+        assert resource.prlimit(limited.pid, resource.RLIMIT_RTTIME) == (10**9, 10**9)
+    finally:
+        folder.remove()
+        assert limited.poll() is None
+        limited.kill()
+        limited.wait()

@@ -171,9 +171,9 @@ def test_what_was_asked_by_name_and_is_not_to_be_had_is_3(small: str, bench: Ben
     done = bench("parity", "--model", small, "--backend", "numpy", "--device", "cuda")
     assert done.code == 3
     assert "numpy does not run on cuda; it runs on cpu" in done.out
-    done = bench("parity", "--model", small, "--backend", "numpy", "--quant", "fp32,int3", "--threads", "1")
+    done = bench("parity", "--model", small, "--backend", "numpy", "--quant", "fp32,Q4_K", "--threads", "1")
     assert done.code == 3
-    assert "nothing ran for --quant int3" in done.err
+    assert "nothing ran for --quant Q4_K" in done.err
 
 
 def test_too_little_memory_is_told_before_anything_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +194,13 @@ def test_dry_run_loads_and_stores_nothing(
     assert done.code in (0, 3)
     assert "nothing was run" in done.out
     assert not state.exists()
-    done = bench("--model", small, "--backend", "numpy", "--quant", "fp32,int3", "--dry-run", "--format", "json")
+    done = bench("--model", small, "--backend", "numpy", "--quant", "fp32,Q4_K", "--dry-run", "--format", "json")
     assert done.code == 3
     cells = json.loads(done.out)["cells"]
-    assert [cell["scheme"] for cell in cells] == ["fp32", "int3"]
+    assert [cell["scheme"] for cell in cells] == ["fp32", "Q4_K"]
     assert cells[0]["seconds"] > 0
     assert cells[0]["reason"] is None
-    assert cells[1]["reason"].startswith("UNSUPPORTED: numpy has no scheme int3")
+    assert cells[1]["reason"].startswith("UNSUPPORTED: numpy has no scheme Q4_K")
 
 
 def test_the_command_of_a_row_reproduces_it(small: str, bench: Bench) -> None:

@@ -26,11 +26,15 @@ CONFIG = Config(n_layer=2, n_embd=32, n_ffn=64, n_vocab=40)
 
 def convert(*words: str | Path) -> list[str]:
     """Run the command and return what it said."""
+    said: list[str] = []
+    assert command_convert.run(parsed(*words), said.append) == 0
+    return said
+
+
+def parsed(*words: str | Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command_convert.options(parser)
-    said: list[str] = []
-    assert command_convert.run(parser.parse_args([str(word) for word in words]), said.append) == 0
-    return said
+    return parser.parse_args([str(word) for word in words])
 
 
 @pytest.fixture
@@ -91,8 +95,32 @@ def test_a_scheme_and_a_quantized_source(checkpoint: Path, tmp_path: Path) -> No
     convert(tmp_path / "q.bin", tmp_path / "q.pth", "--quant", "fp32")
     quantized = load_checkpoint(tmp_path / "q.bin")
     assert all(np.array_equal(quantized[n].array(), t.array()) for n, t in load_checkpoint(tmp_path / "q.pth").items())
-    with pytest.raises(ConfigError, match=r"no checkpoint scheme 'Q4_0'; .*fp32, fp16, bf16"):
-        convert(checkpoint, tmp_path / "a.pth", "--quant", "Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "told"),
+    [
+        ("a.pth", "Q4_0", "no pth file holds Q4_0, which --to ggml writes; choose from fp32, fp16, bf16"),
+        (
+            "a.bin",
+            "Q4_K",
+            "no ggml file holds Q4_K, which belongs to another system's own file; choose from FP32",
+        ),
+        ("a.fr", "sym_int4", "no fr file holds sym_int4, which belongs to another system's own file"),
+        ("a.bin", "fp16", "no checkpoint scheme 'fp16'; did you mean 'FP16'?"),
+        ("a.safetensors", "fp61", "no checkpoint scheme 'fp61'; did you mean 'fp16'?"),
+    ],
+)
+def test_a_scheme_that_the_format_does_not_hold(
+    target: str, scheme: str, told: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    arguments = parsed(checkpoint, tmp_path / target, "--quant", scheme)
+    with pytest.raises(ConfigError) as caught:
+        command_convert.run(arguments, said.append)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (said, os.listdir(tmp_path)) == ([], ["in.pth"])
 
 
 def test_model_names_are_taken(tmp_path: Path) -> None:
@@ -119,7 +147,8 @@ def test_the_mark_of_synthetic_weights_is_missed_aloud(monkeypatch: pytest.Monke
 
 def test_lora_is_merged_first(checkpoint: Path, tmp_path: Path) -> None:
     lora = lora_file(tmp_path / "lora.pth", pair(KEY, 4, (32, 32)))
-    convert(checkpoint, tmp_path / "out.bin", "--quant", "Q4_0", "--lora", lora, "--lora-alpha", "32")
+    said = convert(checkpoint, tmp_path / "out.bin", "--quant", "Q4_0", "--lora", lora, "--lora-alpha", "32")
+    assert said[0] == f"{lora}: matrices merged: 1, tensors replaced: 0"
     save_checkpoint(merge_lora(load_checkpoint(checkpoint), lora, 32), tmp_path / "hand.bin", "ggml", "Q4_0")
     assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "hand.bin").read_bytes()
     for half in (["--lora", lora], ["--lora-alpha", "3"]):
@@ -138,10 +167,39 @@ def test_a_folder_with_something_in_it_is_never_touched(checkpoint: Path, tmp_pa
     assert os.listdir(tmp_path / "full") == ["notes.txt"]
 
 
-def test_a_file_is_replaced_by_its_own_conversion(checkpoint: Path, tmp_path: Path) -> None:
-    convert(checkpoint, checkpoint, "--quant", "bf16")
-    assert load_checkpoint(checkpoint)["emb.weight"].stored == "bf16"
-    assert os.listdir(tmp_path) == ["in.pth"]
+def test_what_is_read_is_never_written_over(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.pth").symlink_to(checkpoint)
+    os.link(checkpoint, tmp_path / "hard.pth")
+    lora = lora_file(tmp_path / "lora.pth", pair(KEY, 4, (32, 32)))
+    before = {name: (tmp_path / name).read_bytes() for name in sorted(os.listdir(tmp_path))}
+    for name in before:
+        for force in ((), ("--force",)):
+            words = (checkpoint, tmp_path / name, "--quant", "bf16", "--lora", lora, "--lora-alpha", "32", *force)
+            with pytest.raises(InputError, match=rf"{name}: is what would be read; choose another name for OUT"):
+                convert(*words)
+    assert {name: (tmp_path / name).read_bytes() for name in sorted(os.listdir(tmp_path))} == before
+
+
+def test_nothing_is_written_into_the_folder_that_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "hf", "--to", "hf")
+    before = sorted(os.listdir(tmp_path / "hf"))
+    with pytest.raises(InputError, match=r"hf/: is what would be read"):
+        convert(tmp_path / "hf", f"{tmp_path}/hf/")
+    for name in ("out.pth", "model.safetensors", "further/"):
+        with pytest.raises(InputError, match=rf"hf/{name}: lies in .*hf, which would be read; choose an OUT outside"):
+            convert(tmp_path / "hf", f"{tmp_path}/hf/{name}", "--force")
+    assert sorted(os.listdir(tmp_path / "hf")) == before
+    convert(tmp_path / "hf", tmp_path / "hf.pth")
+
+
+def test_a_file_is_replaced_only_when_asked(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.pth").write_text("the old one")
+    with pytest.raises(InputError, match=r"out\.pth: exists already; choose another name, or --force to replace it"):
+        convert(checkpoint, tmp_path / "out.pth")
+    assert (tmp_path / "out.pth").read_text() == "the old one"
+    convert(checkpoint, tmp_path / "out.pth", "--quant", "bf16", "--force")
+    assert load_checkpoint(tmp_path / "out.pth")["emb.weight"].stored == "bf16"
+    assert sorted(os.listdir(tmp_path)) == ["in.pth", "out.pth"]
 
 
 def test_progress_is_told_while_it_lasts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +242,7 @@ def test_a_killed_conversion_leaves_nothing_usable(format: str, checkpoint: Path
     if format != "hf":
         target.write_text("the old one")
     child = subprocess.Popen(
-        [sys.executable, "-c", _SLOW, str(checkpoint), str(target), "--to", format],
+        [sys.executable, "-c", _SLOW, str(checkpoint), str(target), "--to", format, "--force"],
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
@@ -205,6 +263,6 @@ def test_a_killed_conversion_leaves_nothing_usable(format: str, checkpoint: Path
     assert left.name.endswith(".part")
     refusal(left)
 
-    said = convert(checkpoint, target, "--to", format)
+    said = convert(checkpoint, target, "--to", format, "--force")
     assert f"{left} was left by a conversion that was killed; remove it unless one is running" in said
     assert len(load_checkpoint(target)) == len(random_values(CONFIG))

@@ -17,6 +17,7 @@ import pytest
 
 from reference.checkpoint import load_checkpoint
 from reference.converted import content_key, converted, derived
+from reference.errors import CheckpointError
 from reference.synthetic import synthetic
 from reference.weights import Tensor, Weights
 from suites.selftest.conftest import SMALL
@@ -38,9 +39,14 @@ def whole(path: Path) -> None:
     path.write_text("whole")
 
 
+def never(path: Path) -> None:
+    raise AssertionError(f"{path} is made again")
+
+
 def left(cache: Path) -> list[str]:
-    """Files that are neither results nor locks."""
-    return [p.name for p in cache.rglob(".*") if p.suffix != ".lock"]
+    """Files that are neither results nor what is kept beside them."""
+    kept = {f".{result.name}{ending}" for result in cache.glob("*/*") for ending in (".lock", ".sizes")}
+    return [path.name for path in cache.rglob(".*") if path.name not in kept and path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize(("format", "folder"), [("safetensors", False), ("pth", False), ("hf", True)])
@@ -85,6 +91,108 @@ def test_one_that_fails_leaves_nothing(error: BaseException, kind: str, weights:
         derived(weights, "thing.bin", make)
     assert left(cache) == []
     assert derived(weights, "thing.bin", whole).read_text() == "whole"
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(path.read_bytes() + b"x")])
+@pytest.mark.parametrize(("format", "file"), [("pth", "."), ("hf", "model.safetensors"), ("hf", "config.json")])
+def test_a_damaged_one_is_made_again(
+    format: str, file: str, damage: Callable[[Path], None], weights: Weights, cache: Path
+) -> None:
+    path = converted(weights, format, "fp32")
+    damage(path / file)
+    assert converted(weights, format, "fp32") == path
+    for name, tensor in load_checkpoint(path).items():
+        np.testing.assert_array_equal(tensor.array(), weights[name].array())
+    assert left(cache) == []
+
+
+@pytest.mark.parametrize("sizes", [None, "", "[]", "{", '{"gone": 5}', "{}", '{".": "0"}'])
+def test_one_whose_sizes_are_not_known_is_made_again(sizes: str | None, weights: Weights) -> None:
+    path = derived(weights, "thing", Path.touch)
+    listed = path.with_name(".thing.sizes")
+    assert listed.read_text() == '{".": 0}'
+    listed.unlink() if sizes is None else listed.write_text(sizes)
+    assert derived(weights, "thing", whole).read_text() == "whole"
+    assert derived(weights, "thing", never) == path
+
+
+def test_a_folder_and_a_file_are_not_taken_for_each_other(weights: Weights) -> None:
+    path = derived(weights, "thing", Path.mkdir)
+    assert derived(weights, "thing", never).is_dir()
+    (path / "a runtime's own").touch()
+    assert derived(weights, "thing", never).is_dir()
+    (path / "a runtime's own").unlink()
+    path.rmdir()
+    path.touch()
+    assert derived(weights, "thing", Path.mkdir).is_dir()
+    path.with_name(".thing.sizes").unlink()
+    assert derived(weights, "thing", whole).is_file()
+    path.unlink()
+    path.mkdir()
+    assert derived(weights, "thing", whole).is_file()
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int | str] = []
+    sync, rename = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def replaced(old: Path, new: Path) -> None:
+        done.append(new.name)
+        rename(old, new)
+
+    def make(path: Path) -> None:
+        (path / "b").mkdir(parents=True)
+        (path / "a").write_text("a")
+        (path / "b" / "c").write_text("c")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("os.replace", replaced)
+    path = derived(weights, "thing", make)
+    listed = path.with_name(".thing.sizes")
+    assert set(done[:-3]) == {p.stat().st_ino for p in (path, path / "a", path / "b", path / "b" / "c", listed)}
+    assert done[-3:] == [listed.name, path.name, path.parent.stat().st_ino]
+
+
+def test_a_cache_that_cannot_be_written(weights: Weights, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str, make: Callable[[Path], None]) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            derived(weights, name, make)
+        return str(caught.value)
+
+    path = derived(weights, "there", whole)
+    (path.parent / ".locked.lock").mkdir()
+    said = f"the cache {cache.parent} cannot be written (Is a directory); set RWKV_BENCH_CACHE to a folder that can"
+    assert refused("locked", whole) == said
+    assert "(No such file or directory); set RWKV_BENCH_CACHE" in refused("nothing", lambda path: None)
+    with pytest.raises(PermissionError, match="the maker's own"):
+        derived(weights, "other", lambda path: (_ for _ in ()).throw(PermissionError("the maker's own")))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert "(No space left on device)" in refused("thing", whole)
+    assert left(cache) == []
+    assert derived(weights, "there", never) == path
+    monkeypatch.setenv("RWKV_BENCH_CACHE", str(path))
+    assert f"the cache {path} cannot be written (Not a directory); set" in refused("thing", whole)
+
+
+def test_what_a_longer_name_is_being_made_of_is_left_alone(weights: Weights, cache: Path) -> None:
+    def make(path: Path) -> None:
+        path.write_text("longer")
+        derived(weights, "thing", whole)
+        assert path.exists()
+
+    assert derived(weights, "thing.bin", make).read_text() == "longer"
 
 
 def test_the_ending_is_kept_for_writers_that_look_at_it(weights: Weights) -> None:

@@ -219,6 +219,11 @@ def test_names_of_the_inventory_are_known(user: Session) -> None:
         ("\x1b[2Jprefill: nan tok/s", "mlc-chat", "no figure can be taken; line 1"),
         (CHAT, "mlc-chat", "no figure can be taken; line 6: not a form that MLC-LLM's chat prints"),
         (MLC, "csv", "no figure can be taken; line 1: no column 'use mlc config"),
+        (
+            '{"a":' * 100_000,
+            "llama-bench",
+            "no figure can be taken; line 1: not a whole JSON object (nested too deeply)",
+        ),
         ("metric,value\n", "csv", "none of its 0 lines is a header and rows"),
     ],
 )

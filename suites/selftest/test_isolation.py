@@ -9,16 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
+from backends.api import Unavailable
 from backends.deadly import FAULTS, LATE
+from harness.isolation import start
+from harness.isolation.environments import Environment
 from harness.models import open_model
 from harness.session import open_session
-from suites.selftest.processes import MAIN, Place, eventually, signalled, stop
+from suites.selftest.processes import MAIN, ROOT, Place, eventually, signalled, stop
 
 TIMEOUT = 3
 
@@ -39,6 +45,8 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "stop": ("TIMEOUT", rf"^no sign of life for {TIMEOUT} s during [a-z ]+; killed$"),
     "orphan": ("CRASHED", r"^killed by SIGKILL during"),
     "escape": ("CRASHED", r"^killed by SIGKILL during"),
+    "daemon": ("CRASHED", r"^killed by SIGKILL during"),
+    "forge": ("CRASHED", r"^sent an answer to something that was not asked during [a-z ]+$"),
     "fork": ("CRASHED", r"^killed by SIGKILL during"),
     "shut": ("CRASHED", r"^closed its channel during [a-z ]+ and went on running; killed$"),
     "memory": ("CRASHED", r"^MemoryError; traceback in .+\.npz$"),
@@ -128,9 +136,35 @@ def test_every_row_was_on_disk(kinds: str, ran: dict[str, Ran]) -> None:
 
 @pytest.mark.parametrize("kinds", ["", LATE])
 def test_no_process_and_no_file_is_left(kinds: str, ran: dict[str, Ran]) -> None:
-    """Not even by those who start processes of another session, or write into the temporary folder."""
+    """Not even by those who start daemons, or write into the temporary folder."""
     assert ran[kinds].place.left() == []
     assert ran[kinds].place.children() == []
+    assert _told_of(ran[kinds].place) == []
+
+
+def _told_of(place: Place) -> list[list[str]]:
+    """Command lines that name our temporary folder: all that is left of us in a daemon."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if any(str(place.temporary) in word for word in line)]
+
+
+def test_the_daemon_is_such_that_only_its_command_line_tells_of_us(place: Place) -> None:
+    """Where nothing looks for it, it stays."""
+    code = "import os; os.environ['TMPDIR'] += '/x'; from backends.deadly import FAULTS; FAULTS['daemon']()"
+    done = subprocess.run([sys.executable, "-c", code], env=place.environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    told = [one for one in psutil.process_iter() if _names(one, f"{place.temporary}/x")]
+    try:
+        assert len(told) == 1
+        assert (place.children(), told[0].environ(), os.getsid(told[0].pid) == os.getsid(0)) == ([], {}, False)
+    finally:
+        stop(told)
+
+
+def _names(process: psutil.Process, word: str) -> bool:
+    with suppress(psutil.Error):
+        return word in process.cmdline()
+    return False
 
 
 @pytest.mark.parametrize("kinds", ["", LATE])
@@ -176,6 +210,54 @@ def test_a_signal_ends_the_run_at_once_however_busy_the_child(
     assert words in err
     assert "Traceback" not in err
     assert (place.children(), place.left()) == ([], [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("pause", [0, 0.01, 0.1])
+def test_signals_in_quick_succession_are_one(number: int, pause: float, place: Place, small: str) -> None:
+    """As of somebody who keeps the keys pressed: the rows, the words and the status are those of the first."""
+    process = busy(place, small)
+    for _ in range(8):
+        process.send_signal(number)
+        time.sleep(pause)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, "Traceback" in err) == (128 + number, False)
+    assert err.splitlines()[-1].startswith("rwkv-bench: ")
+    assert "deadly" in out
+    assert (place.children(), place.left()) == ([], [])
+
+
+def test_a_signal_that_comes_later_counts_anew() -> None:
+    """Inside the block, where a backend may have swallowed the first; after it, it does what it always does."""
+    code = """\
+import os, signal, sys, time
+from harness.interrupt import AT_ONCE_SECONDS, Terminated, terminable
+
+number = int(sys.argv[1])
+told = []
+try:
+    with terminable():
+        for pause in (0, AT_ONCE_SECONDS + 0.1):
+            time.sleep(pause)
+            try:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt as error:
+                told.append(type(error).__name__)
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    os.kill(os.getpid(), number)
+print(told, flush=True)
+time.sleep(AT_ONCE_SECONDS + 0.1)
+os.kill(os.getpid(), number)
+time.sleep(10)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for number, name in ((signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")):
+        command = [sys.executable, "-c", code, str(int(number))]
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        assert done.stdout == f"{[name, name]}\n", done.stderr
+        assert done.returncode == -number
 
 
 def test_killing_the_run_leaves_no_orphan_though_it_never_lets_python_run(place: Place, small: str) -> None:
@@ -290,3 +372,23 @@ def test_relative_paths_and_another_working_folder(small: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path / "elsewhere")
     with open_session("numpy", model, "fp32", threads=1, isolate=True) as opened:
         assert (opened.session.forward([1, 2], None)[0] == expected).all()
+
+
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho 'no module encodings' >&2\nexit 1\n", "#!/no/such/python\n"])
+def test_an_environment_that_does_not_start_is_said_with_its_cure(
+    script: str, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade of the Python that it was made from."""
+    python = tmp_path / "numpy-0123" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(script)
+    python.chmod(0o755)
+    monkeypatch.setattr(start, "environment", lambda name, backend: Environment(python, "3.11.0", ()))
+    with (
+        pytest.raises(Unavailable, match="^numpy: its environment does not start: ") as caught,
+        open_session("numpy", small, "fp32", isolate=True),
+    ):
+        pytest.fail("it must not start")
+    words = "exited with status 1 during starting; last words: no module encodings"
+    assert words in caught.value.reason or "No such file" in caught.value.reason
+    assert caught.value.how_to_get_it == f"delete {tmp_path / 'numpy-0123'} and run rwkv-bench setup numpy"

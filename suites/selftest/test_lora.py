@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference.checkpoint import load_checkpoint, save_checkpoint
 from reference.config import Config, is_matrix
 from reference.errors import CheckpointError, ConfigError, NonFiniteWeights
-from reference.lora import merge_lora
+from reference.lora import merge_counts, merge_lora
 from reference.pth_file import write
 from reference.schemes import apply
 from reference.tensor_stream import Encoder
@@ -37,6 +37,10 @@ def pair(name: str, r: int, shape: tuple[int, int], seed: int = 0, suffix: str =
     a = rng.standard_normal((r, shape[1])).astype(np.float32)
     b = rng.standard_normal((shape[0], r)).astype(np.float32)
     return {f"{name}.lora_A{suffix}": a, f"{name}.lora_B{suffix}": b}
+
+
+#: A pair that fits.
+ONE = pair(KEY, 4, (32, 32))
 
 
 @given(
@@ -64,6 +68,7 @@ def test_merged_is_w_plus_b_a_alpha_over_r_rounded_once(
         unit = {"f64": 2.0**-52, "f32": 2.0**-24, "f16": 2.0**-11}[stored]
         error = np.abs(merged[name].array(np.float64) - by_hand)
         assert np.all(error <= unit * np.abs(by_hand) * (1 + 1e-6) + 2.0**-25 * (stored == "f16") + 1e-12)
+    assert merge_counts(merged) == (2, 0)
     assert (merged.metadata["lora"], merged.metadata["lora_alpha"], merged.key) == ("a.pth", str(alpha), "")
 
 
@@ -77,6 +82,7 @@ def test_tensors_that_the_file_replaces(tmp_path: Path) -> None:
         f"{KEY}.weight": rng.standard_normal((32, 32)).astype(np.float32),
     }
     merged = merge_lora(weights, lora_file(tmp_path / "a.pth", new | pair(KEY, 4, (32, 32))), 8)
+    assert merge_counts(merged) == (1, 4)
     for name in list(new)[:3]:
         assert merged[name].stored == "f16"
         assert np.array_equal(merged[name].read(), new[name].reshape(32).astype(np.float16))
@@ -122,7 +128,8 @@ def test_a_sum_that_leaves_the_stored_type_warns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "holds nothing to merge"),
+        ({}, r"holds no pair NAME\.lora_A and NAME\.lora_B, so it is no LoRA file"),
+        ({"head.weight": np.ones((40, 32)), "ln_out.bias": np.ones(32)}, "holds no pair"),
         ({f"{KEY}.lora_A": np.ones((4, 32))}, r"key\.lora_A is there, but blocks\.0\.att\.key\.lora_B is not"),
         ({f"{KEY}.lora_B": np.ones((32, 4))}, r"key\.lora_B is there, but blocks\.0\.att\.key\.lora_A is not"),
         (pair(KEY, 4, (32, 16)), r"lora_B \(32, 4\) times .*lora_A \(4, 16\) is not .*weight \(32, 32\)"),
@@ -134,10 +141,13 @@ def test_a_sum_that_leaves_the_stored_type_warns(tmp_path: Path) -> None:
         ({f"{KEY}.lora_A": np.ones((0, 32)), f"{KEY}.lora_B": np.ones((32, 0))}, r"lora_B \(32, 0\)"),
         (pair("ln_out", 1, (32, 1)), r"is not ln_out\.weight \(32,\)"),
         (pair("blocks.7.att.key", 4, (32, 32)), r"blocks\.7\.att\.key\.lora_A .and 1 more. has no place in memory"),
-        ({"head.weight": np.ones((40, 31))}, r"head\.weight has shape \(40, 31\), but the checkpoint's has \(40, 32\)"),
-        ({f"{KEY}.weight": np.ones((16, 64))}, r"key\.weight has shape \(16, 64\)"),
-        ({"ln_out.bias": np.ones(31)}, r"ln_out\.bias has shape \(31,\)"),
-        ({"a\nb": np.ones(3)}, r"tensor 'a\\nb' has no place"),
+        (
+            ONE | {"head.weight": np.ones((40, 31))},
+            r"head\.weight has shape \(40, 31\), but the checkpoint's has \(40, 32\)",
+        ),
+        (ONE | {f"{KEY}.weight": np.ones((16, 64))}, r"key\.weight has shape \(16, 64\)"),
+        (ONE | {"ln_out.bias": np.ones(31)}, r"ln_out\.bias has shape \(31,\)"),
+        (ONE | {"a\nb": np.ones(3)}, r"tensor 'a\\nb' has no place"),
     ],
 )
 def test_what_does_not_fit(tensors: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
@@ -146,6 +156,12 @@ def test_what_does_not_fit(tensors: dict[str, np.ndarray], message: str, tmp_pat
         merge_lora(random_values(CONFIG), path, 32)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_an_ordinary_checkpoint_is_no_lora(tmp_path: Path) -> None:
+    save_checkpoint(random_values(CONFIG, seed=1), tmp_path / "other.pth", "pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth: holds no pair"):
+        merge_lora(random_values(CONFIG), tmp_path / "other.pth", 32)
 
 
 def test_alpha_must_be_a_number_and_weights_not_quantized(tmp_path: Path) -> None:

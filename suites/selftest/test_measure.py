@@ -108,11 +108,13 @@ class TestDecode:
             steps=((10, 20), (30, 40)),
             ids=(4, 0),
             last_ids=(4, 0),
+            starts=(2, 1),
             driver="loop",
             stopped="repeats reached",
         )
-        # The prompt once, then from its state (three tokens seen, next token 3) for each sample anew.
-        assert session.calls == [(PROMPT, None)] + [([3], 3), ([4], 4)] * 3
+        # The prompt once, then from its state (three tokens seen) for each sample anew: the most likely token
+        # first, others after it, and the first sample's once more, untimed.
+        assert session.calls == [(PROMPT, None)] + [call for t in (3, 2, 1, 2) for call in (([t], 3), ([4], 4))]
 
     def test_sampling_between_steps_is_not_timed(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
         spend_in_argmax(monkeypatch, clock, 1_000)
@@ -120,7 +122,7 @@ class TestDecode:
         assert found.steps == ((10, 10, 10),)
 
     def test_greedy_is_timed_per_block(self, clock: FakeClock) -> None:
-        session = ScriptedGreedy(clock, [500], greedy_costs=[90, 40, 60])
+        session = ScriptedGreedy(clock, [500], greedy_costs=[90, 40, 60, 7])
         assert isinstance(session, Generating)
         found = measure_decode(session, PROMPT, 4, Sampling(repeats=2, warmup=1), clock)
         assert found == Samples(
@@ -129,11 +131,32 @@ class TestDecode:
             warmup_ns=(90,),
             ids=(4, 0, 1, 2),
             last_ids=(4, 0, 1, 2),
+            starts=(2, 1),
             driver="greedy",
             stopped="repeats reached",
         )
-        assert session.blocks == [(3, 3, 4)] * 3
-        assert session.greedy_gc == [False] * 3
+        assert session.blocks == [(token, 3, 4) for token in (3, 2, 1, 2)]
+        assert session.greedy_gc == [False] * 4
+
+    def test_a_runtime_that_remembers_is_not_timed_at_remembering(self, clock: FakeClock) -> None:
+        class Remembering(Scripted):
+            """What has been computed once, from the same tokens in the same order, costs nothing."""
+
+            def __init__(self, clock: FakeClock) -> None:
+                super().__init__(clock, [0])
+                self.seen: set[tuple[int, ...]] = set()
+
+            def forward(self, tokens: Sequence[int], state: Any | None) -> tuple[np.ndarray, Any]:
+                history = (*(state or ()), *tokens)
+                self.clock.now += 0 if history in self.seen else 100
+                self.seen.add(history)
+                logits = np.zeros(1000, np.float32)
+                logits[len(history)] = 1
+                return logits, history
+
+        found = measure_decode(Remembering(clock), PROMPT, 3, Sampling(repeats=4, warmup=1), clock)
+        assert found.steps == ((100, 100, 100),) * 4
+        assert not found.ids_varied
 
     def test_loop_on_request_gives_the_ids_of_greedy(self, clock: FakeClock) -> None:
         session = ScriptedGreedy(clock, [10], greedy_costs=[1, 1])
@@ -231,7 +254,7 @@ class TestNonFinite:
         assert found.non_finite_at == where
 
     def test_greedy_is_looked_at_through_its_state(self, clock: FakeClock) -> None:
-        session = ScriptedGreedy(clock, [10], greedy_costs=[1, 1])
+        session = ScriptedGreedy(clock, [10], greedy_costs=[1, 1, 1])
         session.bad = {2: np.inf}  # call 0 is the prompt, 1 and 2 follow a block each
         found = measure_decode(session, PROMPT, 3, Sampling(repeats=2, warmup=0), clock)
         assert found.non_finite_at == NonFinite("sample", 1, 3, 2, "inf")
@@ -273,7 +296,7 @@ class TestGarbageCollector:
         assert session.gc_enabled == [False] * 4
         session = Scripted(clock, [10])
         measure_decode(session, PROMPT, 2, Sampling(repeats=2, warmup=1), clock)
-        assert session.gc_enabled == [True] + [False] * 6  # the prompt before decode is not timed
+        assert session.gc_enabled == [True] + [False] * 8  # the prompt before decode is not timed
 
     def test_left_off_where_it_was_off(self, clock: FakeClock) -> None:
         gc.disable()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.isolation import placement
-from harness.isolation.placement import BadPlacement, Placement, as_ranges, check, parse
+from harness.isolation.placement import BadPlacement, Placement, as_ranges, parse, usable
 from harness.session import Apart, open_session
 from suites.selftest.conftest import Done
 
@@ -52,26 +52,26 @@ def test_what_is_no_cpu_is_named(text: str) -> None:
 
 def test_a_node_that_is_not_there() -> None:
     with pytest.raises(BadPlacement, match="no such NUMA node"):
-        parse("node:4095")
+        usable(parse("node:4095"))
 
 
 def test_a_node_has_its_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "node1").mkdir()
     (tmp_path / "node1" / "cpulist").write_text("2-3,8\n")
     monkeypatch.setattr(placement, "_NODE_CPUS", f"{tmp_path}/node{{}}/cpulist")
-    assert parse("node:1") == Placement((2, 3, 8), 1)
+    assert parse("node:1") == Placement(None, 1)
     assert str(parse("node:1")) == "node:1"
 
 
 def test_cpus_that_are_not_ours_are_refused() -> None:
     with pytest.raises(BadPlacement, match=rf"CPU 60000 is not to be had; usable are {as_ranges(USABLE)}"):
-        check(Placement((USABLE[0], 60000)))
+        usable(Placement((USABLE[0], 60000)))
 
 
 def test_a_system_without_affinity_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     with pytest.raises(BadPlacement, match="this system cannot bind"):
-        check(Placement((0,)))
+        usable(Placement((0,)))
 
 
 @pytest.mark.parametrize("cpu", USABLE[:2])

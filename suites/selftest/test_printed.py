@@ -249,6 +249,21 @@ def test_llama_bench_output_that_is_damaged_is_named_by_line() -> None:
     assert f"4 values under {len(FIELDS)} columns" in told(read("llama-bench", half))[0]
 
 
+@pytest.mark.parametrize("deep", ['{"a":' * 100_000, '{"avg_ts": ' + "[" * 100_000])
+def test_llama_bench_output_nested_too_deeply_is_named(deep: str) -> None:
+    reading = read("llama-bench", f"{deep}\n{json.dumps(OBJECTS[0])}\n")
+    assert speeds(reading) == [("prefill", 95.125, 2)]
+    assert [line.split(": {")[0] for line in told(reading)] == ["line 1: not a whole JSON object (nested too deeply)"]
+
+
+@pytest.mark.parametrize("name", ["avg_ts", "n_gen", "samples_ts", "model_type"])
+def test_a_field_of_llama_bench_that_is_nested_is_named(name: str) -> None:
+    for value in ("[[1.5]]", '{"a": 1}', "[" * 700 + "]" * 700):
+        reading = read("llama-bench", json.dumps({**OBJECTS[0], name: "?"}).replace('"?"', value))
+        assert speeds(reading) == []
+        assert told(reading)[0].startswith(f"line 1: {name} is neither a value nor a list of values: ")
+
+
 # --- csv -------------------------------------------------------------------------------------------------------
 
 
