@@ -12,9 +12,12 @@ from harness.models import TINY, model_config, model_names
 from harness.session import check_usable
 from reference.config import count_parameters
 from reference.errors import InputError
-from reference.schemes import SCHEMES
+from reference.schemes import SCHEMES, Scheme
 
 Records = list[dict[str, Any]]
+
+#: Of a scheme without a codec, instead of what it leaves unquantized.
+_NO_CODEC = "unknown: no kernel parity"
 
 
 def collect(what: str | None) -> dict[str, Records]:
@@ -59,18 +62,32 @@ def _schemes() -> Records:
     for name in backend_names():
         with suppress(InputError):  # `list backends` tells
             infos[name] = load_backend(name).INFO
-    known: Records = [
-        {"name": scheme.name, "class": scheme.scheme_class, "bits": scheme.bits, "description": scheme.description}
-        for scheme in SCHEMES.values()
-    ]
-    foreign = dict.fromkeys(name for info in infos.values() for name in info.schemes if name not in SCHEMES)
+    known = [_scheme(scheme) for scheme in SCHEMES.values()]
     known += [
-        {"name": name, "class": None, "bits": None, "description": "no codec here: no kernel parity"}
-        for name in foreign
+        _foreign(name) for name in dict.fromkeys(n for i in infos.values() for n in i.schemes) if name not in SCHEMES
     ]
     for record in known:
         record["backends"] = [name for name, info in infos.items() if record["name"] in info.schemes]
     return known
+
+
+def _scheme(scheme: Scheme) -> dict[str, Any]:
+    """``bits`` are those of a weight in the layers' matrices, all told, at the 169M shape."""
+    return {
+        "name": scheme.name,
+        "class": scheme.scheme_class,
+        "bits": None if scheme.bits is None else round(scheme.bits, 2),
+        "group": scheme.group,
+        "scales": scheme.scales or None,
+        "unquantized": _NO_CODEC if scheme.unquantized is None else list(scheme.unquantized),
+        "system": scheme.system,
+    }
+
+
+def _foreign(name: str) -> dict[str, Any]:
+    """A scheme that only a backend knows."""
+    unknown = dict.fromkeys(("class", "bits", "group", "scales"))
+    return {"name": name, **unknown, "unquantized": _NO_CODEC, "system": None}
 
 
 def _hardware() -> Records:

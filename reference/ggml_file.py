@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from reference import codecs_ggml, codecs_ggml_v100
-from reference.codecs_ggml import BLOCK, GgmlBlocks
+from reference.codecs_ggml import GgmlBlocks
 from reference.config import Config, is_matrix
 from reference.errors import CheckpointError, ConfigError
 from reference.packed_tensor import PackedTensor
@@ -55,6 +55,8 @@ _OLD: dict[str, GgmlBlocks] = {
     "Q4_0_v100": codecs_ggml_v100.Q4_0_V100,
     "Q4_1_v100": codecs_ggml_v100.Q4_1_V100,
     "Q4_1_O": codecs_ggml_v100.Q4_1_O,
+    "Q4_2": codecs_ggml_v100.Q4_2,
+    "Q4_3": codecs_ggml_v100.Q4_3,
 }
 _QUANTIZED = _NEW | _OLD
 
@@ -153,7 +155,7 @@ def _tensor(file: MappedFile, at: int, header: _Header) -> tuple[str, Tensor, in
         tensor, size = file.tensor(stored, shape, at), count(shape) * _ITEM_SIZE[stored]
     else:
         blocks = _blocks(header, kind, shape, where)
-        tensor, size = PackedTensor.at(file.map, at, shape, blocks), count(shape) // BLOCK * blocks.block_bytes
+        tensor, size = PackedTensor.at(file.map, at, shape, blocks), blocks.packed_bytes(shape)
     if at + size > file.size:
         missing = at + size - file.size
         raise CheckpointError(f"{where} of shape {shape} is truncated by {missing} bytes; download or copy it again")
@@ -166,9 +168,10 @@ def _blocks(header: _Header, kind: int, shape: tuple[int, ...], where: str) -> G
         raise CheckpointError(f"{where} is {_unknown_type(kind, header.version)}")
     if kind != header.kind:
         raise CheckpointError(f"{where} is {known[kind][0]}, but the file is {_scheme_of(header)}; damaged")
-    if len(shape) != 2 or shape[1] % BLOCK:
-        raise CheckpointError(f"{where} of shape {shape} does not divide into blocks of {BLOCK}; damaged")
-    return known[kind][1]
+    blocks = known[kind][1]
+    if len(shape) != 2 or shape[1] % blocks.group:
+        raise CheckpointError(f"{where} of shape {shape} does not divide into blocks of {blocks.group}; damaged")
+    return blocks
 
 
 def _check_sizes(header: _Header, tensors: Mapping[str, Tensor], path: str) -> None:

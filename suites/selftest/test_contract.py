@@ -163,5 +163,5 @@ def test_an_unknown_backend_names_the_nearest() -> None:
 def test_a_scheme_that_does_not_fit_the_model_names_the_tensor() -> None:
     odd = synthetic(Config(1, 40, 160, 30))
     assert tensor_shapes(odd.config)["blocks.0.att.key.weight"] == (40, 40)
-    with pytest.raises(ConfigError, match="40"), open_session("numpy", odd, "q4f16_1") as opened:
+    with pytest.raises(ConfigError, match="40"), open_session("numpy", odd, "Q4_0") as opened:
         opened.session.forward([1], None)

@@ -62,6 +62,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     weights = random_values(BLOCKS)
     kinds = {"FP32": (100, 0), "FP16": (100, 1), "Q4_0": (101, 2), "Q4_1": (101, 3), "Q5_0": (101, 7), "Q5_1": (101, 8)}
     kinds |= {"Q8_0": (101, 9), "Q4_0_v100": (100, 2), "Q4_1_v100": (100, 3), "Q4_1_O": (100, 4)}
+    kinds |= {"Q4_2": (100, 5), "Q4_3": (100, 6)}
     assert set(kinds) == set(SCHEMES)
     for scheme, (version, kind) in kinds.items():
         header, found = parsed(written(weights, tmp_path, scheme)[1])
@@ -301,7 +302,7 @@ def _file(*entries: bytes, version: int = 101, layers: int = 0, kind: int = 0) -
         (_file(kind=14), "stored as Q5_K"),
         (_file(kind=5), r"stored as Q4_2, .* version 101 \(it has FP32, FP16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0\)"),
         (_file(kind=99), "type 99, which rwkv.cpp does not have; damaged"),
-        (_file(version=100, kind=7), r"stored as Q5_0, which has no codec here for version 100 .*Q4_1_v100, Q4_1_O\)"),
+        (_file(version=100, kind=7), r"stored as Q5_0, which has no codec here for version 100 .*Q4_1_O, Q4_2, Q4_3\)"),
         (_file(_entry(kind=13, data=b"")), r"tensor emb\.weight is stored as Q4_K"),
         (_file(_entry(kind=3, data=b"")), r"tensor emb\.weight is Q4_1, but the file is FP32; damaged"),
         (_file(_entry(kind=3, data=b""), kind=3), r"emb\.weight of shape \(10, 4\) does not divide into blocks of 32"),

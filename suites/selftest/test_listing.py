@@ -18,6 +18,7 @@ from backends.index import UnknownBackend
 from harness import hardware, listing
 from harness.hardware import Hardware
 from reference.numerics import Arithmetic
+from reference.schemes import SCHEMES
 from reports.records import as_json, as_text
 from suites.selftest.conftest import Done
 
@@ -73,7 +74,29 @@ def test_schemes_name_their_backends_and_those_without_a_codec_say_so(found: dic
     assert schemes["fp32"]["backends"] == ["x"]
     assert schemes["Q4_0"]["backends"] == []
     assert schemes["Q4_0"]["class"] == "int4"
-    assert "no kernel parity" in schemes["own4"]["description"]
+    for name in ("own4", "Q4_K"):
+        assert schemes[name]["unquantized"] == "unknown: no kernel parity"
+
+
+def test_schemes_show_what_is_stored(found: dict[str, Any]) -> None:
+    schemes = {record["name"]: record for record in listing.collect("schemes")["schemes"]}
+    assert list(schemes) == list(SCHEMES)
+    shown = {name: [schemes[name][key] for key in ("bits", "group", "scales", "system")] for name in schemes}
+    assert shown["fp32"] == [32, None, None, "any"]
+    assert shown["q3f16_0"] == [3.71, 40, "f16", "MLC"]
+    assert shown["q4f32_1"] == [5, 32, "f32", "MLC"]
+    assert shown["Q4_3"] == [6, 16, "f16+min", "rwkv.cpp"]
+    assert shown["fp32i8"] == [8.13, "axis", "f32+min", "ChatRWKV"]
+    assert schemes["q4f16_2"]["unquantized"] == ["embedding", "head", "vectors"]
+    json.dumps(schemes)
+
+
+def test_schemes_are_one_table_at_80_columns() -> None:
+    lines = as_text(listing.collect("schemes"), 80).splitlines()
+    assert lines[1].split() == ["name", "class", "bits", "group", "scales", "unquantized", "system", "backends"]
+    assert max(map(len, lines)) <= 80
+    starts = [line for line in lines[2:] if line[2] != " "]
+    assert [line[2 : lines[1].index("class")].strip() for line in starts][: len(SCHEMES)] == list(SCHEMES)
 
 
 def test_hardware_here_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import reference.schemes
+import reference.stored_formats
 from reference.codecs_mlc import MlcPacked
 from reference.codecs_rwkv_int8 import RwkvInt8
 from reference.config import Config, tensor_shapes
@@ -40,14 +40,57 @@ def test_every_scheme_belongs_to_a_class_and_states_its_bits() -> None:
     for name, scheme in SCHEMES.items():
         assert scheme.name == name
         assert scheme.scheme_class in SCHEME_CLASSES
+        assert scheme.bits is not None
         assert 1 < scheme.bits <= 32
         if scheme.codec is None:
+            assert scheme.bits == scheme.stated
             continue
-        matrices = scheme.codec.matrices
-        if isinstance(matrices, Packed | Floats):
-            assert scheme.bits == matrices.nbytes("m", (64, 320), "f32") * 8 / (64 * 320)
-        else:  # scales of whole rows and columns weigh next to nothing in a large matrix
-            assert 0 <= matrices.nbytes("m", (4096, 4096), "f32") * 8 / 4096**2 - scheme.bits < 0.05
+        assert scheme.stated is None
+
+
+#: Rows of the layers' matrices of the 169M shape, by the weights in a row.
+ROWS_169M = {768: 12 * (5 * 768 + 3072), 3072: 12 * 768}
+
+
+@pytest.mark.parametrize("name", WITH_CODEC)
+def test_bits_are_those_that_quantizing_takes_at_the_169m_shape(name: str) -> None:
+    codec = SCHEMES[name].codec
+    assert codec is not None
+    kept, bits = codec.matrices, 0
+    for columns, rows in ROWS_169M.items():
+        if isinstance(kept, Packed):
+            packed = kept.packing.quantize(np.ones((1, columns), np.float32))
+            parts = packed if isinstance(packed, tuple) else (packed,)
+            bits += 8 * rows * sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
+        elif isinstance(kept, Floats):
+            bits += 8 * rows * kept.keep("x", Tensor.of(np.ones((1, columns), np.float32), "f32")).read().nbytes
+    if isinstance(kept, RwkvInt8):  # scales and offsets of rows and columns, which no row has for itself
+        beside = 60 * 2 * (768 + 768) + 24 * 2 * (768 + 3072)
+        bits = 8 * (sum(c * r for c, r in ROWS_169M.items()) + beside * np.dtype(kept.kept).itemsize)
+    assert SCHEMES[name].bits == bits / sum(columns * rows for columns, rows in ROWS_169M.items())
+
+
+def test_bits_count_the_padding_of_groups_of_40() -> None:
+    assert SCHEMES["q3f16_1"].bits == pytest.approx(3.75 * 3 / 4 + 77 * 18 * 8 / 3072 / 4, abs=0.02)
+    assert SCHEMES["q4f16_1"].bits == 4.5
+
+
+def test_every_quantized_scheme_says_its_group_scales_and_what_stays() -> None:
+    for name in WITH_CODEC:
+        scheme = SCHEMES[name]
+        floats = scheme.scheme_class in ("f32", "f16", "bf16")
+        assert (scheme.group is None) == (scheme.scales == "") == floats
+        assert (scheme.unquantized == ("everything",)) == floats
+    stays = {name: SCHEMES[name].unquantized for name in ("q4f16_1", "q4f16_2", "Q4_0", "sym_int4", "Q4_K", "FP16")}
+    assert stays == {
+        "q4f16_1": ("vectors",),
+        "q4f16_2": ("embedding", "head", "vectors"),
+        "Q4_0": ("embedding", "head", "vectors"),
+        "sym_int4": ("embedding", "vectors"),
+        "Q4_K": None,
+        "FP16": ("everything",),
+    }
+    assert [SCHEMES[name].group for name in ("q3f16_0", "Q4_2", "sym_int4", "fp32i8")] == [40, 16, 64, "axis"]
 
 
 def test_get_scheme_offers_the_nearest_name() -> None:
@@ -61,11 +104,11 @@ def test_get_scheme_offers_the_nearest_name() -> None:
 
 def test_scheme_names_by_class() -> None:
     assert scheme_names() == list(SCHEMES)
-    assert scheme_names("int4")[:4] == ["q4f32_1", "q4f16_1", "Q4_0", "Q4_1"]
+    assert scheme_names("int4")[:6] == ["q4f32_0", "q4f32_1", "q4f16_0", "q4f16_1", "q4f16_2", "Q4_0"]
     assert scheme_names("f16") == ["fp16", "q0f16", "FP16"]
     for scheme_class in SCHEME_CLASSES:
         assert {SCHEMES[name].scheme_class for name in scheme_names(scheme_class)} <= {scheme_class}
-    assert scheme_names("int3") == []
+    assert scheme_names("int3") == ["q3f16_0", "q3f16_1"]
     with pytest.raises(ConfigError, match="no scheme class 'int2'; classes: f32"):
         scheme_names("int2")
 
@@ -80,7 +123,8 @@ def test_stored_bytes_are_the_bytes_that_packing_gives(name: str, source: str) -
         kept = codec.format(tensor_name)
         if isinstance(kept, Packed):
             packed = kept.packing.quantize(tensor.array())
-            sizes[tensor_name] = sum(part.nbytes for part in (packed if isinstance(packed, MlcPacked) else [packed]))
+            parts = packed[:2] if isinstance(packed, MlcPacked) else (packed,)
+            sizes[tensor_name] = sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
         elif isinstance(kept, RwkvInt8):
             sizes[tensor_name] = sum(part.nbytes for part in kept.quantize(tensor.array()))
         else:
@@ -105,7 +149,7 @@ def test_stored_bytes_of_a_released_size() -> None:
 def test_apply_keeps_shapes_and_stays_close(name: str, source: str) -> None:
     weights = random_weights(source)
     applied = apply(weights, name)
-    worst = {"f32": 1e-7, "f16": 5e-4, "bf16": 4e-3, "int8": 0.01, "int5": 0.08, "int4": 0.16}[
+    worst = {"f32": 1e-7, "f16": 5e-4, "bf16": 4e-3, "int8": 0.01, "int5": 0.08, "int4": 0.16, "int3": 0.28}[
         SCHEMES[name].scheme_class
     ]
     for tensor_name, tensor in applied.items():
@@ -120,7 +164,7 @@ def test_apply_keeps_shapes_and_stays_close(name: str, source: str) -> None:
 def test_rows_read_alone_or_in_blocks_are_the_rows_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = apply(random_weights("bf16"), name)
     whole = {n: tensors[n].array(np.float64) for n in ("emb.weight", "ln_out.weight", "blocks.1.ffn.value.weight")}
-    monkeypatch.setattr(reference.schemes, "_BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(reference.stored_formats, "_BLOCK_ELEMENTS", 300)
     for tensor_name, expected in whole.items():
         for index in (slice(None), slice(3, 40), slice(50, 2, -7), slice(0, 0), np.array([5, 0, 5]), 7):
             assert np.array_equal(tensors[tensor_name].rows(index, np.float64), expected[index])
@@ -169,20 +213,21 @@ def test_apply_reads_nothing_until_a_tensor_is_read() -> None:
         assert len(apply(weights, name)) == len(shapes)
 
 
-def test_a_group_that_does_not_divide_a_row_is_named() -> None:
+def test_a_group_that_does_not_divide_a_row_is_named_unless_the_codec_pads() -> None:
     config = Config(n_layer=1, n_embd=48, n_ffn=96, n_vocab=32)
-    message = "tensor emb.weight has rows of 48 weights, which do not divide into groups of 32"
+    message = r"blocks\.0\.att\.key\.weight has rows of 48 weights, which do not divide into groups of 32"
     with pytest.raises(ConfigError, match=message):
-        stored_bytes(config, "q4f16_1")
+        stored_bytes(config, "Q4_0")
     with pytest.raises(ConfigError, match=message):
-        apply(random_weights("f32", config), "q8f16_1")
-    with pytest.raises(ConfigError, match=r"blocks\.0\.att\.key\.weight has rows of 48"):
-        apply(random_weights("f32", config), "Q4_0")
+        apply(random_weights("f32", config), "Q8_0")
     assert stored_bytes(config, "fp16") > 0
+    assert stored_bytes(config, "Q4_2") > 0
+    padded = apply(random_weights("f32", config), "q4f16_1")
+    assert padded["blocks.0.att.key.weight"].array().shape == (48, 48)
 
 
 def test_a_scheme_without_a_codec_is_refused_by_name() -> None:
-    scheme = Scheme("sym_int4", "int4", 4.5, "BigDL", None)
+    scheme = Scheme("Q3_K", "int3", "ggml", None, stated=3.4)
     for use in (lambda: apply(random_weights(), scheme), lambda: stored_bytes(CONFIG, scheme)):
-        with pytest.raises(ConfigError, match="scheme sym_int4 has no codec here"):
+        with pytest.raises(ConfigError, match="scheme Q3_K has no codec here"):
             use()
