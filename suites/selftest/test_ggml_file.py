@@ -32,7 +32,7 @@ NEW = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 def parsed(data: bytes) -> tuple[tuple[int, ...], dict[str, tuple[int, tuple[int, ...], bytes]]]:
     """Header, and name -> type, dimensions and bytes, by the text of rwkv.cpp's docs/FILE_FORMAT.md."""
     header, at, found = struct.unpack_from("<6I", data), 24, {}
-    block = {2: 18, 3: 20, 7: 22, 8: 24, 9: 34} if header[1] == 101 else {2: 20, 3: 24, 4: 24}
+    block = {2: 18, 3: 20, 7: 22, 8: 24, 9: 34} if header[1] == 101 else {2: 20, 3: 24, 4: 24, 5: 20, 6: 24}
     while at < len(data):
         n_dims, n_name, kind = struct.unpack_from("<3I", data, at)
         dims = struct.unpack_from(f"<{n_dims}I", data, at + 12)
