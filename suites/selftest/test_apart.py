@@ -268,7 +268,7 @@ _HEADERS: list[tuple[dict[str, Any], bool]] = [
 
 @pytest.mark.parametrize(("header", "right"), _HEADERS, ids=str)
 def test_an_answer_is_to_what_was_asked_and_complete(header: dict[str, Any], right: bool) -> None:
-    with nullcontext() if right else pytest.raises(FrameError, match="^an answer "):
+    with nullcontext() if right else pytest.raises(FrameError, match=r"^an answer "):
         check_answer(header, [], "forward", 3)
 
 
