@@ -29,10 +29,15 @@ BUILT_IN: dict[str, str] = {
     "transformers": "backends.transformers_rwkv",
     "ncnn": "backends.ncnn_rwkv",
     "faster-rwkv": "backends.faster_rwkv",
+    "tvm": "backends.tvm_mlc",
 }
 
 #: Backend -> the environment variable that names a library or program of the user's, which it then drives.
-LIBRARIES: dict[str, str] = {"rwkv.cpp": "RWKV_CPP_LIBRARY", "faster-rwkv": "RWKV_BENCH_FASTER_RWKV"}
+LIBRARIES: dict[str, str] = {
+    "rwkv.cpp": "RWKV_CPP_LIBRARY",
+    "faster-rwkv": "RWKV_BENCH_FASTER_RWKV",
+    "tvm": "RWKV_BENCH_TVM_LIBRARY",
+}
 
 #: Usable by name, never part of ``all``: they exist for the tests of the harness itself.
 HIDDEN: dict[str, str] = {"faulty": "backends.faulty", "deadly": "backends.deadly"}

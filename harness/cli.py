@@ -55,8 +55,8 @@ def _command(argv: list[str]) -> int:
             out(str(wanted))
             return PASSED
         for name, file in getattr(arguments, "library", ()):
-            if not os.path.isfile(file):
-                raise UsageError(f"--library {name}: {file}: no such file")
+            if not os.path.exists(file):
+                raise UsageError(f"--library {name}: {file}: no such file or folder")
             os.environ[LIBRARIES[name]] = file  # before the backend is imported: what it offers depends on it
         return _COMMANDS[arguments.command](arguments)
     except BrokenPipeError:  # whoever read stdout has gone, as `head` does
@@ -222,12 +222,16 @@ def setup(arguments: Namespace) -> int:
     return code
 
 
-def convert(arguments: Namespace) -> int:
-    """``convert``: a checkpoint in another format; what is lost, a line each on stderr."""
-    from harness.options import command_file
+def _told(name: str) -> Callable[[Namespace], int]:
+    """``convert``, ``compile``: a command that only says what it does, a line each on stderr."""
 
-    code: int = command_file("convert").run(arguments, say)
-    return code
+    def run_it(arguments: Namespace) -> int:
+        from harness.options import command_file
+
+        code: int = command_file(name).run(arguments, say)
+        return code
+
+    return run_it
 
 
 def import_figures(arguments: Namespace) -> int:
@@ -257,7 +261,8 @@ _COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "list": list_what_is_here,
     "generate": generate,
     "setup": setup,
-    "convert": convert,
+    "convert": _told("convert"),
+    "compile": _told("compile"),
     "import": import_figures,
 }
 

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
-LATER_COMMANDS = ("localize", "headroom", "quality", "compare", "ab", "gpu-check", "report", "compile", "recommend")
+LATER_COMMANDS = ("localize", "headroom", "quality", "compare", "ab", "gpu-check", "report", "recommend")
 LATER_OPTIONS = ("--resume",)
 
 #: Commands with a file of their own: HELP, EXAMPLES, ``options(parser)`` and ``run``.
@@ -63,6 +63,7 @@ COMMAND_FILES = {
     "setup": "harness.command_setup",
     "convert": "harness.command_convert",
     "import": "harness.command_import",
+    "compile": "harness.command_compile",
 }
 
 

@@ -142,6 +142,14 @@ class Worker:
         optional(module, "prepare", weights_of(model), scheme, device)
         return {"seconds": time.perf_counter() - start}, ()
 
+    def do_call(
+        self, backend: Mapping[str, str], name: str, model: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> Answer:
+        """What a function that only this backend has returns for a model; for a command that is about one backend."""
+        module = backend_of(backend)
+        self.tell(name.replace("_", " "))
+        return {"told": getattr(module, name)(weights_of(model), **arguments)}, ()
+
     def do_check(self, backend: Mapping[str, str]) -> Answer:
         """Whether the backend can run here; raises what its ``check`` raises."""
         module = backend_of(backend)

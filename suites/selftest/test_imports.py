@@ -43,6 +43,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "backends/rwkv_pip.py": ("rwkv", "torch"),
     "backends/bigdl_llm.py": ("bigdl", "torch", "transformers"),
     "backends/ipex_llm_rwkv.py": ("ipex_llm", "torch", "transformers"),
+    "backends/tvm_mlc/": ("tvm",),
     "backends/ncnn_rwkv/": ("ncnn", "pnnx", "torch"),
     "backends/faster_rwkv.py": ("fasterrwkv",),
     "backends/rwkv_cpp.py": ("rwkv_cpp",),
