@@ -28,7 +28,6 @@ from harness.without_codec import truth_for
 from reference.errors import InputError
 from reference.weights import Weights
 
-
 #: What ``--backend`` means without being given.
 HERE = "here"
 
