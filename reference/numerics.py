@@ -60,8 +60,16 @@ def int8_per_block(x: np.ndarray, block: int = 32, scales: Rounding = _to_fp16) 
     return np.asarray(rounded.reshape(padded.shape)[..., :k])
 
 
+def _to_int8x32f(x: np.ndarray) -> np.ndarray:
+    return int8_per_block(x, 32, _to_fp32)
+
+
 def _to_int8x64(x: np.ndarray) -> np.ndarray:
     return int8_per_block(x, 64, _to_fp32)
+
+
+def _to_int8x128(x: np.ndarray) -> np.ndarray:
+    return int8_per_block(x, 128, _to_fp32)
 
 
 def _to_int8x256(x: np.ndarray) -> np.ndarray:
@@ -90,12 +98,14 @@ def _to_steps(blocks: np.ndarray, scale: np.ndarray) -> np.ndarray:
 #: Type name -> rounding to it.
 ROUND: dict[str, Rounding] = {"fp32": _to_fp32, "fp16": _to_fp16, "bf16": _to_bf16}
 
-#: Types that only the inputs of matrix products are rounded to: ggml's, BigDL's (int8x64), and what ggml had in
-#: April 2023 (int4x32, uint4x32). Scales are fp16 in int8x32 and fp32 in the others.
+#: Types that only the inputs of matrix products are rounded to: ggml's, BigDL's (int8x64), ONNX Runtime's (int8x32f,
+#: int8x128), and what ggml had in April 2023 (int4x32, uint4x32). Scales are fp16 in int8x32 and fp32 in the others.
 INPUTS: dict[str, Rounding] = {
     "fp16in": _to_fp16,
     "int8x32": int8_per_block,
+    "int8x32f": _to_int8x32f,
     "int8x64": _to_int8x64,
+    "int8x128": _to_int8x128,
     "int8x256": _to_int8x256,
     "int4x32": int4_per_block,
     "uint4x32": uint4_per_block,
@@ -107,7 +117,7 @@ UNIT_ROUNDOFF: dict[str, float] = {
     "fp16": 2.0**-11,
     "bf16": 2.0**-8,
     "fp16in": 2.0**-11,
-    **dict.fromkeys(("int8x32", "int8x64", "int8x256"), 2.0**-8),
+    **dict.fromkeys(("int8x32", "int8x32f", "int8x64", "int8x128", "int8x256"), 2.0**-8),
     "int4x32": 2.0**-4,
     "uint4x32": 2.0**-5,
 }

@@ -16,6 +16,7 @@ from reference.codecs_bigdl import ASYM_INT4, SYM_INT4, SYM_INT5, SYM_INT8
 from reference.codecs_ggml import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from reference.codecs_ggml_v100 import Q4_0_V100, Q4_1_O, Q4_1_V100, Q4_2, Q4_3
 from reference.codecs_mlc import MlcGroups
+from reference.codecs_onnx import ONNX_SCHEMES, OnnxScheme
 from reference.codecs_rwkv_int8 import RwkvInt8
 from reference.config import is_matrix, preset, tensor_shapes
 from reference.stored_formats import Codec, Floats, Format, Packed, Packing
@@ -32,7 +33,8 @@ class Scheme:
 
     system  where the name comes from
     codec   ``None``: no codec here, so only quality can be judged, not the kernel
-    scales  types of what a group stores beside its codes; empty: nothing
+    scales  types of what a group stores beside its codes; empty: nothing. ``min`` has the type of the scale,
+            ``zero`` is an integer of the codes' bits
     stated  bits per weight of a scheme without a codec
     """
 
@@ -111,6 +113,13 @@ def _chatrwkv(kept: Floats, numpy_type: Any) -> Codec:
     return Codec(packed, embedding=kept, head=packed, vectors=kept)
 
 
+def _onnx(name: str, kept: OnnxScheme) -> Scheme:
+    """ONNX Runtime: every linear layer and the head are quantized, the embedding stays as it is in the file."""
+    codec = Codec(Packed(kept.matrices), embedding=SOURCE, head=Packed(kept.head), vectors=F32)
+    scales = "f32+zero" if kept.matrices.asymmetric else "f32"
+    return Scheme(name, f"int{kept.matrices.bits}", "ONNX Runtime", codec, scales)
+
+
 _ALL = (
     Scheme("fp32", "f32", "any", _floats(F32)),
     Scheme("fp16", "f16", "any", _floats(F16)),
@@ -150,6 +159,7 @@ _ALL = (
     Scheme("sym_int8", "int8", "BigDL", _bigdl(SYM_INT8), "f32"),
     Scheme("fp32i8", "int8", "ChatRWKV", _chatrwkv(F32, np.float32), "f32+min"),
     Scheme("fp16i8", "int8", "ChatRWKV", _chatrwkv(F16, np.float16), "f16+min"),
+    *(_onnx(name, kept) for name, kept in ONNX_SCHEMES.items()),
 )
 
 #: Scheme name -> scheme.

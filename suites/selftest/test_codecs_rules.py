@@ -96,11 +96,13 @@ def test_rows_are_packed_each_by_itself_and_sizes_are_as_said(name: str, seed: i
 @pytest.mark.parametrize("name", KEPT)
 def test_types_named_as_scales_account_for_the_bits_of_a_group(name: str) -> None:
     scheme, group = SCHEMES[name], KEPT[name].packing.group
-    beside = sum({"f16": 16, "f32": 32, "min": 0}[part] for part in scheme.scales.split("+"))
+    beside = sum({"f16": 16, "f32": 32, "min": 0, "zero": 0}[part] for part in scheme.scales.split("+"))
     beside *= 2 if scheme.scales.endswith("+min") else 1
     if name == "Q4_1_O":
         beside += 32  # index and value of the outlier
     code_bits = int(scheme.scheme_class.removeprefix("int"))
     word_waste = 0.2 if code_bits == 3 else 0.0  # ten codes in 32 bits
-    stored = KEPT[name].packing.packed_bytes((1, group)) * 8 / group
-    assert stored == pytest.approx(code_bits + word_waste + beside / group)
+    for groups in (1, 2, 3):
+        zeros = 8 * -(-groups * code_bits // 8) if scheme.scales.endswith("+zero") else 0  # packed, in whole bytes
+        stored = KEPT[name].packing.packed_bytes((1, groups * group)) * 8 / (groups * group)
+        assert stored == pytest.approx(code_bits + word_waste + beside / group + zeros / (groups * group))

@@ -45,6 +45,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "backends/ipex_llm_rwkv.py": ("ipex_llm", "torch", "transformers"),
     "backends/tvm_mlc/": ("tvm",),
     "backends/ncnn_rwkv/": ("ncnn", "pnnx", "torch"),
+    "backends/onnx_cpu/": ("onnx", "onnxruntime"),
     "backends/faster_rwkv.py": ("fasterrwkv",),
     "backends/rwkv_cpp.py": ("rwkv_cpp",),
 }

@@ -85,12 +85,13 @@ def test_int4_blocks_are_the_weights_formats_of_april_2023(x: np.ndarray) -> Non
         assert np.all(np.abs(got - x) <= 0.501 * steps + 1e-5 * np.abs(x).max())
 
 
-def test_int8_blocks_of_256_have_one_scale() -> None:
+@pytest.mark.parametrize(("kind", "block"), [("int8x32f", 32), ("int8x64", 64), ("int8x128", 128), ("int8x256", 256)])
+def test_int8_blocks_have_one_scale_each_in_float32(kind: str, block: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 512)).astype(np.float32)
-    step = np.repeat(np.abs(x.reshape(2, 2, 256)).max(-1), 256, axis=1).reshape(x.shape) / 127
-    codes = INPUTS["int8x256"](x) / step
+    step = np.repeat(np.abs(x.reshape(2, -1, block)).max(-1), block, axis=1).reshape(x.shape) / 127
+    codes = INPUTS[kind](x) / step
     np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
-    assert np.abs(INPUTS["int8x256"](x) - x).max() <= 0.5001 * step.max()
+    assert np.all(np.abs(INPUTS[kind](x) - x) <= 0.5001 * step)
 
 
 def test_fp16_inputs_round_inputs_only_and_draws_differ() -> None:
