@@ -31,9 +31,12 @@ def needed_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens
     return _weight_bytes(config, scheme, backend) + source + 8 * largest + activations + _OVERHEAD_BYTES
 
 
-def shortage(needed: int, device: str) -> str | None:
-    """Why a cell on ``device`` that needs this many bytes of host memory should not start; None if it may."""
-    have = available_bytes()
+def shortage(needed: int, device: str, free: int | None = None) -> str | None:
+    """Why a cell on ``device`` that needs this many bytes of memory should not start; None if it may.
+
+    ``free`` is what another machine has; ``None``: what this one has now.
+    """
+    have = available_bytes() if free is None else free
     if device != "cpu" or needed <= have:
         return None
     return f"needs about {needed / GIB:.1f} GiB of memory, {have / GIB:.1f} GiB are free; try a smaller scheme or model"

@@ -58,7 +58,8 @@ def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None
         timed = runs * (batch(work.prompt_tokens) + work.decode_tokens * step)
         seconds += timed if sampling.budget_s is None else min(timed, max(2 * sampling.budget_s, timed / runs))
     needed = memory_needed(cell, config)
-    return Estimate(seconds, needed, shortage(needed, cell.hardware.device))
+    free = cell.hardware.facts.get("free_bytes")
+    return Estimate(seconds, needed, shortage(needed, cell.hardware.device, None if free is None else int(free)))
 
 
 def _making_seconds(model: str, config: Config) -> float:

@@ -85,7 +85,7 @@ def _named(name: str) -> list[Hardware]:
 def _of_host(host: Host) -> list[Hardware]:
     """The host's device that is the hardware it is filed under; else its CPU, so named, and its GPUs."""
     found = facts(host)
-    detail = {**found.detail, "threads": found.threads}
+    detail = {**found.detail, "threads": found.threads, "free_bytes": found.free_bytes}
     every = [Hardware(d["name"], d["device"], d["detail"], host.name, detail) for d in found.hardware]
     exact = [item for item in every if item.name == host.hardware]
     if exact:

@@ -88,7 +88,8 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
     """All rows of one cell. A backend that raises, dies or hangs becomes a row that says so."""
     tell(cell, "loading")
     base = base_row(cell, model, job)
-    short = None if cell.hardware.host else shortage(memory_needed(cell, model.config), cell.hardware.device)
+    free = cell.hardware.facts.get("free_bytes")  # of a host, as it was when it was asked
+    short = shortage(memory_needed(cell, model.config), cell.hardware.device, None if free is None else int(free))
     if short:
         emit(replace(base, verdict="UNAVAILABLE", reason=short))
         return
@@ -187,15 +188,14 @@ class _Work:
             for row in rows:
                 self.emit(row)
             if rows[0].verdict != "PASS":
-                self._no_speed(base, f"not timed: {rows[0].reason}")
+                if job.sampling is not None:
+                    self._no_speed(base, f"not timed: {rows[0].reason}")
                 return
-            emit = self.emit
-            self.emit = lambda row: emit(unjudged(row))
         opened.meter.forget()  # what the reference needed is not the backend's
         if job.sampling is None or first is None:
             return
-        self.emit(timed_row(base, "load", (opened.load_ns,), found, load_peak))
-        self.emit(timed_row(base, "first_call", first.ns, found, load_peak))
+        self._figure(timed_row(base, "load", (opened.load_ns,), found, load_peak))
+        self._figure(timed_row(base, "first_call", first.ns, found, load_peak))
         if not found.passed:
             self._no_speed(base, f"not timed: {found.first_bad}")
             return
@@ -210,15 +210,19 @@ class _Work:
         if bad is not None:
             self._no_speed(base, f"no speed: {bad}")
             return
-        self.emit(sampled_row(base, "prefill", prefill, peak))
-        self.emit(sampled_row(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), peak))
+        self._figure(sampled_row(base, "prefill", prefill, peak))
+        self._figure(sampled_row(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), peak))
         self._begin("decode", "decode")
         steps = self.cell.workload.decode_tokens
         decode = opened.meter.decode(timed, steps, sampling, lambda text: self.tell(f"decode, {text}"))
         peak = opened.meter.peak_bytes()
         bad = _first_bad(decode_checks(opened.session, timed, truth, decode))
         row = sampled_row(base, "decode", decode, peak) if bad is None else None
-        self.emit(row or no_speed_row(base, "decode", f"no speed: {bad}"))
+        self._figure(row or no_speed_row(base, "decode", f"no speed: {bad}"))
+
+    def _figure(self, row: Row) -> None:
+        """A time or a speed; of a kernel that nobody could judge it is no PASS."""
+        self.emit(row if has_codec(self.cell.scheme) else unjudged(row))
 
     def _no_speed(self, base: Row, why: str) -> None:
         for metric in ("prefill", "decode"):

@@ -40,6 +40,7 @@ WRONG = {
     "not finite": "return reference.forward(self.weights, tokens, state)[0] * np.float32('nan'), state",
     "half": "l, s = reference.forward(self.weights, tokens, state); return l * np.float32(-1), s",
 }
+TOPS = ("top1_agreement", "top5_agreement")
 
 
 @pytest.fixture
@@ -65,6 +66,14 @@ def test_what_passes_is_not_judged_but_has_figures(
     for metric in ("prefill", "decode", "load"):
         assert rows[metric]["verdict"] == "UNSUPPORTED"
         assert rows[metric]["value"]
+
+
+def test_parity_alone_has_no_rows_of_speed(tmp_path: Path, bench: Callable[..., Done]) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(ADAPTER.format(scheme="Q4_K", forward=WRONG["no memory"], stored="Q4_0"))
+    done = bench("parity", "--backend", str(file), "--threads", "1", "--format", "json")
+    assert done.code == 1
+    assert {row["metric"] for row in json.loads(done.out)["rows"]} <= {"parity", "kl_divergence", *TOPS}
 
 
 @pytest.mark.parametrize("fault", WRONG)
