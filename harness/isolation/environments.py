@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from backends.api import Unavailable
+from harness.isolation import leftovers
 from harness.isolation.requirements import Requirements
 from reference.cache import cache_folder
 
@@ -115,30 +116,37 @@ def _run(command: list[str], lock: int, tell: Tell) -> str:
     It holds the lock as well: should this process be killed, nobody builds the folder anew while the
     installer still writes into it.
     """
+    leftovers.sweep()
+    private = leftovers.Folder()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     lines: list[str] = []
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        pass_fds=(lock,),
-        start_new_session=True,
-        text=True,
-        errors="replace",
-    )
-    assert process.stdout is not None
+    process: subprocess.Popen[str] | None = None
     try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**environment, "TMPDIR": str(private.path)},
+            pass_fds=(lock,),
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        private.mark(process.pid)
+        assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())
             tell(lines[-1].strip())
         code = process.wait()
     except BaseException:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
         raise
+    finally:
+        private.remove()  # and what the installer has started; itself, where it had no time to become ``process``
     if code != 0:
         said = [line for line in lines if re.match(r"(ERROR|error)", line)] or [line for line in lines if line][-1:]
         what = next(word for word in command if word in ("venv", "install", "freeze"))

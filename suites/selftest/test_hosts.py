@@ -32,6 +32,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+#: Environment variable of what runs over a box's connections.
+MARK = "RWKV_BENCH_TEST_BOX"
+
+
 class Box:
     """An sshd of our own and an inventory that names it."""
 
@@ -48,6 +52,15 @@ class Box:
         ]
         self.ssh.append(f"{getpass.getuser()}@127.0.0.1")
         self.server: subprocess.Popen[bytes] | None = None
+
+    def over(self, settings: str = "") -> list[str]:
+        """ssh that sets variables there: ``settings``, and a mark of its own, since other tests may run."""
+        forward = f'for last; do :; done; exec {" ".join(self.ssh)} "{self.mark} {settings} $last"'
+        return ["sh", "-c", forward, "sh"]
+
+    @property
+    def mark(self) -> str:
+        return f"{MARK}={self.port}"
 
     def start(self) -> None:
         assert SSHD is not None
@@ -69,7 +82,7 @@ class Box:
         path = self.folder / "rwkv-bench.toml"
         lines = []
         for name, changes in hosts.items():
-            keys = {"ssh": self.ssh, "hardware": "boxcpu", "interpreter": sys.executable, **changes}
+            keys = {"ssh": self.over(), "hardware": "boxcpu", "interpreter": sys.executable, **changes}
             lines += [f"[hosts.{name}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
         path.write_text("\n".join(lines) + "\n")
         return path
@@ -115,26 +128,29 @@ def rows_of(done: Done) -> list[dict[str, Any]]:
     return rows
 
 
-def ours(archive: str = "rwkv-bench-code-") -> list[psutil.Process]:
-    """Processes that run pushed code."""
+def ours(box: Box) -> list[psutil.Process]:
+    """Processes that were started over the box's connections and go on."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(archive in word for word in process.info["cmdline"] or ()):
-            found.append(process)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == str(box.port) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 
-def gone(seconds: float = 10.0) -> bool:
+def gone(box: Box, seconds: float = 10.0) -> bool:
     limit = time.monotonic() + seconds
-    while ours() and time.monotonic() < limit:
+    while ours(box) and time.monotonic() < limit:
         time.sleep(0.05)
-    return not ours()
+    return not ours(box)
 
 
 QUICK = ("--hardware", "box", "--quick", "--threads", "1", "--format", "json")
 
 
-def test_cells_run_there_and_say_so(inventory: Callable[..., None], small: str, bench: Bench, state: Path) -> None:
+def test_cells_run_there_and_say_so(
+    inventory: Callable[..., None], box: Box, small: str, bench: Bench, state: Path
+) -> None:
     inventory()
     done = bench("--model", small, "--backend", "numpy", "--quant", "fp32", *QUICK)
     assert done.code == 0, done.err
@@ -145,20 +161,14 @@ def test_cells_run_there_and_say_so(inventory: Callable[..., None], small: str, 
     assert all(row["isolated"] for row in rows)
     assert "--hardware box" in rows[0]["command"]
     assert [row.metric for row in read(state / "rows.jsonl")] == [row["metric"] for row in rows]
-    assert gone()
+    assert gone(box)
 
 
 def test_a_model_is_pushed_once(
     inventory: Callable[..., None], box: Box, small: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     there = tmp_path / "there"
-    wrapped = [
-        "sh",
-        "-c",
-        f'last=""; for last; do :; done; exec {" ".join(box.ssh)} "RWKV_BENCH_CACHE={there} $last"',
-        "sh",
-    ]
-    inventory(box={"ssh": wrapped})
+    inventory(box={"ssh": box.over(f"RWKV_BENCH_CACHE={there}")})
     parity = ("parity", "--model", small, "--backend", "numpy", "--quant", "fp32", *QUICK[:2], *QUICK[3:])
     assert bench(*parity).code == 0
     (pushed,) = (there / "models").iterdir()
@@ -193,7 +203,7 @@ def test_an_adapter_file_of_the_users_goes_along(
     ],
 )
 def test_what_dies_there_is_a_row_here(
-    fault: str, verdict: str, words: str, inventory: Callable[..., None], small: str, bench: Bench
+    fault: str, verdict: str, words: str, inventory: Callable[..., None], box: Box, small: str, bench: Bench
 ) -> None:
     inventory()
     options = ("--backend", "deadly,numpy", "--quant", "fp32", "--device", f"{fault},cpu", "--timeout", "3")
@@ -203,7 +213,7 @@ def test_what_dies_there_is_a_row_here(
     }
     assert rows["numpy"]["verdict"] == "PASS"
     assert done.code == 4
-    assert gone()
+    assert gone(box)
     bad = [row for row in rows_of(done) if row["verdict"] == verdict]
     assert bad
     assert words in bad[0]["reason"]
@@ -239,14 +249,14 @@ def test_a_connection_that_is_lost_ends_one_cell(
     assert "the connection was lost during decode" in lost[0]["reason"]
     assert rows[-1]["verdict"] == "PASS"
     assert done.code == 4
-    assert gone()
+    assert gone(box)
 
 
 def test_noise_before_the_first_frame_is_skipped(
     inventory: Callable[..., None], box: Box, small: str, bench: Bench
 ) -> None:
     """What a login shell prints."""
-    noisy = ["sh", "-c", 'printf "Welcome to box\\n\\223RB1 motd \\377"; exec "$@"', "sh", *box.ssh]
+    noisy = ["sh", "-c", 'printf "Welcome to box\\n\\223RB1 motd \\377"; exec "$@"', "sh", *box.over()]
     inventory(box={"ssh": noisy})
     assert bench("parity", "--model", small, "--backend", "numpy", "--quant", "fp32", *QUICK[:2], *QUICK[3:]).code == 0
 
@@ -259,8 +269,7 @@ def test_environments_are_built_there(
     wheels.mkdir()
     this_numpy(wheels)
     settings = f"RWKV_BENCH_CACHE={there} PIP_NO_INDEX=1 PIP_FIND_LINKS={wheels}"
-    forward = ["sh", "-c", f'last=""; for last; do :; done; exec {" ".join(box.ssh)} "{settings} $last"', "sh"]
-    inventory(box={"ssh": forward})
+    inventory(box={"ssh": box.over(settings)})
     file = tmp_path / "mine.py"
     file.write_text(
         f'# /// script\n# dependencies = ["{NUMPY}"]\n# ///\n'

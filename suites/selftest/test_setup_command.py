@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -238,14 +237,15 @@ def installers(place: Place, what: str = "install") -> list[psutil.Process]:
     return found
 
 
-def test_ctrl_c_ends_the_installer_and_leaves_nothing(mine: Path, silent_index: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["venv", "ensurepip", "install"])
+def test_ctrl_c_ends_the_installer_and_leaves_nothing(what: str, mine: Path, silent_index: str, tmp_path: Path) -> None:
+    """As soon as it is there, and with temporary files of its own."""
     there = Place(tmp_path)
     there.environment.update(PIP_INDEX_URL=silent_index, PIP_NO_CACHE_DIR="1")
     process = there.start("setup", str(mine))
-    assert eventually(lambda: installers(there, "venv"), 60)
+    assert eventually(lambda: installers(there, what), 60)
     assert signalled(process, signal.SIGINT) < 20
-    assert (process.returncode, installers(there, "venv"), folders(there)) == (130, [], [])
-    assert os.listdir(there.temporary) == []
+    assert (process.returncode, installers(there, what), folders(there), there.left()) == (130, [], [], [])
 
 
 README = Path(__file__).parents[2] / "README.md"
