@@ -25,8 +25,9 @@ import numpy as np
 
 from reference.config import Config
 from reference.errors import TokenError
-from reference.numerics import Arithmetic, Emulated, Exact, Op
-from reference.weights import Weights
+from reference.mixed import Mixed, emulated
+from reference.numerics import Arithmetic, Exact, Op
+from reference.weights import Tensor, Weights
 
 Tap = Callable[[str, np.ndarray], None]
 Tokens = Union[Sequence[int], np.ndarray]  # noqa: UP007 - evaluated at run time, on Python 3.9 too
@@ -58,7 +59,7 @@ def forward(
     tap: Tap | None = None,
     all_logits: bool = False,
     dtype: Any = np.float32,
-    arithmetic: Arithmetic | None = None,
+    arithmetic: Arithmetic | Mixed | None = None,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run ``tokens`` from ``state`` (``None``: from the start) and return ``(logits, new state)``.
@@ -67,11 +68,11 @@ def forward(
     state   ``(n_layer, 5, n_embd)``; the one passed in is not changed
     tap     called with every trace point's name and array ``(T, width)``, in execution order
     dtype   float32, or float64 for truth
-    arithmetic, seed   emulate a declared arithmetic instead; see :mod:`reference.numerics`
+    arithmetic, seed   emulate a declared arithmetic instead; see :mod:`reference.numerics`, :mod:`reference.mixed`
 
     Raises :class:`TokenError` for an empty prompt or an id outside the vocabulary.
     """
-    op: Op = Emulated(arithmetic, seed) if arithmetic else Exact(dtype)
+    op: Op = emulated(arithmetic, seed) if arithmetic else Exact(dtype)
     config = weights.config
     ids = check_tokens(tokens, config.n_vocab)
     state = initial_state(config, op.dtype) if state is None else np.array(state, dtype=op.dtype)
@@ -79,24 +80,26 @@ def forward(
 
     # An emulated fp16 overflows to Inf and then NaN, which is the result asked for, not a warning.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        x = op.residual(weights["emb.weight"].rows(ids, op.dtype))  # (T, C)
+        x = op.at("emb").residual(weights["emb.weight"].rows(ids, op.dtype))  # (T, C)
         tap("emb", x)
-        x = op.residual(layer_norm(x, weights, "blocks.0.ln0", op))
+        x = op.at("blocks.0.ln0").residual(layer_norm(x, weights, "blocks.0.ln0", op))
         tap("blocks.0.ln0", x)
         for i in range(config.n_layer):
             block = f"blocks.{i}."
             h = layer_norm(x, weights, block + "ln1", op)
             tap(block + "ln1", h)
-            x = op.residual(x + time_mix(h, weights, block + "att.", state[i], op, tap))
+            add = op.at(block + "att.residual").residual
+            x = add(x + time_mix(h, weights, block + "att.", state[i], op, tap))
             tap(block + "att.residual", x)
             h = layer_norm(x, weights, block + "ln2", op)
             tap(block + "ln2", h)
-            x = op.residual(x + channel_mix(h, weights, block + "ffn.", state[i], op, tap))
+            add = op.at(block + "ffn.residual").residual
+            x = add(x + channel_mix(h, weights, block + "ffn.", state[i], op, tap))
             tap(block + "ffn.residual", x)
         # The head is the largest matrix: one position is enough unless somebody looks at the others.
         x = layer_norm(x if all_logits or tap is not _no_tap else x[-1:], weights, "ln_out", op)
         tap("ln_out", x)
-        logits = op.linear(x, weights["head.weight"])  # (T or 1, V)
+        logits = op.at("logits").linear(x, weights["head.weight"])  # (T or 1, V)
         tap("logits", logits)
     return (logits if all_logits else logits[-1]), state
 
@@ -108,28 +111,28 @@ def time_mix(h: np.ndarray, weights: Weights, at: str, state: np.ndarray, op: Op
     """
     shifted = np.concatenate([state[ATT_X][None], h[:-1]])  # h of the token before
     state[ATT_X] = h[-1]
-    xk = mix(h, shifted, _vector(weights, at + "time_mix_k", op), op)  # (T, C)
-    xv = mix(h, shifted, _vector(weights, at + "time_mix_v", op), op)
-    xr = mix(h, shifted, _vector(weights, at + "time_mix_r", op), op)
+    xk = mix(h, shifted, vector(weights, at + "time_mix_k", op), op.at(at + "xk"))  # (T, C)
+    xv = mix(h, shifted, vector(weights, at + "time_mix_v", op), op.at(at + "xv"))
+    xr = mix(h, shifted, vector(weights, at + "time_mix_r", op), op.at(at + "xr"))
     tap(at + "xk", xk)
     tap(at + "xv", xv)
     tap(at + "xr", xr)
 
-    k = op.linear(xk, weights[at + "key.weight"])
-    v = op.linear(xv, weights[at + "value.weight"])
-    r = op.act(sigmoid(op.linear(xr, weights[at + "receptance.weight"])))
+    k = op.at(at + "k").linear(xk, weights[at + "key.weight"])
+    v = op.at(at + "v").linear(xv, weights[at + "value.weight"])
+    r = gate(xr, weights[at + "receptance.weight"], op.at(at + "r"))
     tap(at + "k", k)
     tap(at + "v", v)
     tap(at + "r", r)
 
-    w = np.exp(_vector(weights, at + "time_decay", op))
-    u = _vector(weights, at + "time_first", op)
-    y, (state[AA], state[BB], state[PP]) = wkv(k, v, w, u, WkvState(state[AA], state[BB], state[PP]), op)
-    y = op.act(y)
+    w = np.exp(vector(weights, at + "time_decay", op))
+    u = vector(weights, at + "time_first", op)
+    y, (state[AA], state[BB], state[PP]) = wkv(k, v, w, u, WkvState(*state[AA : PP + 1]), op.at(at + "wkv"))
+    y = op.at(at + "wkv").act(y)
     tap(at + "wkv", y)
-    y = op.act(r * y)
+    y = op.at(at + "rwkv").act(r * y)
     tap(at + "rwkv", y)
-    out = op.linear(y, weights[at + "output.weight"])
+    out = op.at(at + "out").linear(y, weights[at + "output.weight"])
     tap(at + "out", out)
     return np.asarray(out)
 
@@ -182,19 +185,19 @@ def channel_mix(h: np.ndarray, weights: Weights, at: str, state: np.ndarray, op:
     """The feed-forward half of a block (the paper's channel mixing): ``h (T, C)`` = ln2(x) -> ``(T, C)``."""
     shifted = np.concatenate([state[FFN_X][None], h[:-1]])
     state[FFN_X] = h[-1]
-    xk = mix(h, shifted, _vector(weights, at + "time_mix_k", op), op)
-    xr = mix(h, shifted, _vector(weights, at + "time_mix_r", op), op)
+    xk = mix(h, shifted, vector(weights, at + "time_mix_k", op), op.at(at + "xk"))
+    xr = mix(h, shifted, vector(weights, at + "time_mix_r", op), op.at(at + "xr"))
     tap(at + "xk", xk)
     tap(at + "xr", xr)
-    k = op.linear(xk, weights[at + "key.weight"])  # (T, F)
+    k = op.at(at + "k").linear(xk, weights[at + "key.weight"])  # (T, F)
     tap(at + "k", k)
-    k2 = op.act(np.square(np.maximum(k, 0)))  # squared ReLU
+    k2 = op.at(at + "k2").act(np.square(np.maximum(k, 0)))  # squared ReLU
     tap(at + "k2", k2)
-    v = op.linear(k2, weights[at + "value.weight"])  # (T, C)
+    v = op.at(at + "v").linear(k2, weights[at + "value.weight"])  # (T, C)
     tap(at + "v", v)
-    r = op.act(sigmoid(op.linear(xr, weights[at + "receptance.weight"])))
+    r = gate(xr, weights[at + "receptance.weight"], op.at(at + "r"))
     tap(at + "r", r)
-    out = op.act(r * v)
+    out = op.at(at + "out").act(r * v)
     tap(at + "out", out)
     return np.asarray(out)
 
@@ -206,9 +209,15 @@ def mix(h: np.ndarray, shifted: np.ndarray, mu: np.ndarray, op: Op) -> np.ndarra
 
 def layer_norm(x: np.ndarray, weights: Weights, at: str, op: Op) -> np.ndarray:
     """LayerNorm over channels, with its statistics in the full precision of ``op.dtype``."""
+    op = op.at(at)
     x = x - x.mean(axis=-1, keepdims=True)
     x = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + op.dtype.type(LN_EPS))
-    return np.asarray(op.act(x * _vector(weights, at + ".weight", op) + _vector(weights, at + ".bias", op)))
+    return np.asarray(op.act(x * vector(weights, at + ".weight", op) + vector(weights, at + ".bias", op)))
+
+
+def gate(x: np.ndarray, weight: Tensor, op: Op) -> np.ndarray:
+    """Receptance: the logistic function of a matrix product, ``x (T, K)`` -> ``(T, N)``."""
+    return np.asarray(op.act(sigmoid(op.linear(x, weight))))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -229,7 +238,8 @@ def check_tokens(tokens: Tokens, n_vocab: int) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _vector(weights: Weights, name: str, op: Op) -> np.ndarray:
+def vector(weights: Weights, name: str, op: Op) -> np.ndarray:
+    """A vector of the checkpoint in the compute type of ``op``."""
     return weights[name].array(op.dtype)
 
 

@@ -163,6 +163,9 @@ class Op(Protocol):
 
     dtype: np.dtype[Any]
 
+    def at(self, point: str, /) -> Op:
+        """The arithmetic of what makes a trace point, where points differ."""
+
     def act(self, x: np.ndarray, /) -> np.ndarray:
         """Result of an operation."""
 
@@ -182,6 +185,9 @@ class Exact:
     def __init__(self, dtype: Any = np.float32) -> None:
         self.dtype = np.dtype(dtype)
 
+    def at(self, point: str, /) -> Op:
+        return self
+
     def act(self, x: np.ndarray, /) -> np.ndarray:
         return x
 
@@ -198,25 +204,37 @@ class Emulated:
     In half precision that order hardly changes which way a result is rounded, so draws would be one
     and the same. All but seed 0, which rounds exactly as hardware does, therefore round on a grid
     shifted by a random factor below 2, each time another: errors of the same size, independently drawn.
+
+    ``unit``, a power of two: results are kept divided by it, as runtimes do that rescale the residual stream.
     """
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, arithmetic: Arithmetic, seed: int = 0) -> None:
+    def __init__(self, arithmetic: Arithmetic, seed: int = 0, unit: float = 1.0) -> None:
         self.arithmetic = arithmetic
+        self._unit = np.float32(unit)
         self._order = np.random.default_rng(seed)
         self._exactly = seed == 0
         self.act = self._rounding(arithmetic.activations)
         self.residual = self._rounding(arithmetic.residual)
         self.wkv = self._rounding(arithmetic.wkv)
-        self._accumulate = ROUND[arithmetic.accumulation]
+        self._accumulate = self._in_units(ROUND[arithmetic.accumulation])
         # Blocks have a grid that moves with their values, so shifting it would change nothing.
         inputs = INPUTS.get(arithmetic.activations, _to_fp32)
         self._inputs = self._drawn(inputs) if inputs is _to_fp16 else inputs
 
     def _rounding(self, kind: str) -> Rounding:
         """Rounding to a type; those of ``INPUTS`` round only the inputs of products."""
-        return self._drawn(ROUND.get(kind, _to_fp32))
+        return self._in_units(self._drawn(ROUND.get(kind, _to_fp32)))
+
+    def _in_units(self, exact: Rounding) -> Rounding:
+        """Rounding of results that are kept divided by ``unit``, a power of two."""
+        if self._unit == 1 or exact is _to_fp32:
+            return exact
+        return lambda x: exact(x / self._unit) * self._unit
+
+    def at(self, point: str, /) -> Op:
+        return self
 
     def _drawn(self, exact: Rounding) -> Rounding:
         if self._exactly or exact is _to_fp32:

@@ -5,6 +5,7 @@
     create_kv_cache() -> state                      reset_kv_cache(state) -> state
     softmax_with_temperature(logits, temperature)   get_metadata() -> JSON
     score(...) -> logits (n, n_vocab) of every token, state
+    trace_prefill(...), trace_decode(...) -> logits, state, and every point of backends.tvm_mlc.points
 
 State and parameters are tuples. A state is ``5 L`` rows ``(1, n_embd)``, per layer att_x, aa, bb, pp, ffn_x; the
 sums are float32, the others of the model's type. ``placeholder`` is the position in MLC's models with attention.
@@ -70,6 +71,8 @@ def module(config: Config, scheme: str, kernels: Any, target: str, rescale_every
     _step(graph, "decode", 1, "last")
     _step(graph, "prefill", "n", "last")
     _step(graph, "score", "n", "all")
+    _step(graph, "trace_decode", 1, "trace")
+    _step(graph, "trace_prefill", "n", "trace")
     _state_functions(graph)
     _softmax(graph)
     with graph.builder.function("get_metadata", []):
@@ -91,15 +94,20 @@ def _step(graph: Graph, name: str, rows: Size, logits: str) -> None:
         with graph.builder.dataflow():
             step = Step(graph, rows, n, params, state)
             out, after = step.run(ids, logits)
-            result = graph.builder.emit_output(relax.Tuple([out, relax.Tuple(after)]))
+            shown = [relax.Tuple([step.shown[point] for point in trace_points(config.n_layer)])] if step.shown else []
+            result = graph.builder.emit_output(relax.Tuple([out, relax.Tuple(after), *shown]))
         graph.builder.emit_func_output(result)
 
 
 class Step:
-    """One entry point's body, over ``rows`` tokens."""
+    """One entry point's body, over ``rows`` tokens.
+
+    shown  trace points by name, of a trace; the path to the logits is the same kernels as without one
+    """
 
     def __init__(self, graph: Graph, rows: Size, n: Any, params: Any, state: Any) -> None:
         self.graph, self.rows, self.n = graph, rows, n
+        self.shown: dict[str, Any] = {}
         self.dtype = model_dtype(graph.scheme)
         self._params, self._state = params, state
         self._index = {(item.tensor, item.part): i for i, item in enumerate(parameters(graph.config, graph.scheme))}

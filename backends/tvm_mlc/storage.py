@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from reference.codecs_mlc import MlcGroups
 from reference.config import Config, tensor_shapes
+from reference.hf_folder import hf_name
 from reference.mlc_params import mlc_arrays
 from reference.schemes import Packed, codec_of
 from reference.weights import Weights
@@ -63,9 +65,15 @@ class Parameter:
     dtype: str
 
     @property
-    def name(self) -> str:
+    def key(self) -> str:
         """``blocks.0.att.key.q_weight`` or the tensor's own name."""
         return self.tensor if not self.part else f"{self.tensor.rsplit('.', 1)[0]}.{self.part}"
+
+    @property
+    def name(self) -> str:
+        """MLC-LLM's name, that of the Hugging Face checkpoint: ``rwkv.blocks.0.attention.key.q_weight``."""
+        stem = hf_name(self.tensor)
+        return stem if not self.part else f"{stem.rsplit('.', 1)[0]}.{self.part}"
 
 
 def model_dtype(scheme: str) -> str:
@@ -85,9 +93,14 @@ def kept(name: str, scheme: str) -> Kept:
 
 
 def parameters(config: Config, scheme: str) -> list[Parameter]:
-    """What a library of this shape and scheme takes, in its order: the checkpoint's, codes before scales."""
+    """What a library of this shape and scheme takes, in MLC-LLM's order, codes before scales.
+
+    The order is that in which ``mlc_llm/relax_model/rwkv.py`` of 2023-07 to 2024-03 sets up its modules.
+    """
     found: list[Parameter] = []
-    for name, shape in tensor_shapes(config).items():
+    shapes = tensor_shapes(config)
+    for name in sorted(shapes, key=_place):
+        shape = shapes[name]
         how = kept(name, scheme)
         if not how.bits:
             found.append(Parameter(name, "", _turned(shape, how), how.dtype))
@@ -104,17 +117,16 @@ def arrays(weights: Weights, scheme: str, rescale_every: int = 0) -> Iterator[tu
     ``time_decay`` is stored as ``-exp(time_decay)``. With ``rescale_every``, ``att.output`` and ``ffn.value`` of
     layer i are divided by ``2 ** (i // rescale_every)``, or the scales of their groups.
     """
-    wanted = parameters(weights.config, scheme)
-    for name, tensor in weights.items():
-        found = mlc_arrays(name, tensor, scheme)
-        for item in (item for item in wanted if item.tensor == name):
-            array = found[item.name]
+    for name, items in groupby(parameters(weights.config, scheme), lambda item: item.tensor):
+        found = mlc_arrays(name, weights[name], scheme)
+        for item in items:
+            array = found[item.key]
             if name.endswith(".time_decay"):
                 array = -np.exp(array)
             if item.part != "q_weight" and halvings(name, rescale_every):
                 array = array / array.dtype.type(2.0 ** halvings(name, rescale_every))
             if array.shape != item.shape or array.dtype != item.dtype:
-                raise ValueError(f"{item.name} is {array.dtype} {array.shape}, not {item.dtype} {item.shape}")
+                raise ValueError(f"{item.key} is {array.dtype} {array.shape}, not {item.dtype} {item.shape}")
             yield item, np.ascontiguousarray(array)
 
 
@@ -123,6 +135,18 @@ def halvings(name: str, rescale_every: int) -> int:
     if not rescale_every or not name.endswith(("att.output.weight", "ffn.value.weight")):
         return 0
     return int(name.split(".")[1]) // rescale_every
+
+
+#: Modules of a layer in MLC-LLM's order; inside one, the order is the checkpoint's.
+_MODULES = ("ln0", "ln1", "ln2", "att", "ffn")
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Where a tensor comes in MLC-LLM's order: before the layers, or in which, or after; and in which module."""
+    if not name.startswith("blocks."):
+        return (("emb.weight", "", "ln_out.weight", "ln_out.bias", "head.weight").index(name), 0, 0)
+    _, layer, module, *_ = name.split(".")
+    return 1, int(layer), _MODULES.index(module)
 
 
 def _turned(shape: tuple[int, ...], how: Kept) -> tuple[int, ...]:

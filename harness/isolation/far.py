@@ -157,7 +157,9 @@ def _pass_through(child: Child, read_file: int, write_file: int, channel: Channe
                 if not block and file == near:
                     return
                 if not block:
-                    text = child.how_it_ended() + child.last_words()
+                    text = child.how_it_ended()
+                    child.kill()  # after that its last words are whole
+                    text += child.last_words()
                     # Without the number of a request: those are read by the worker only.
                     channel.send({"died": text})
                     return
