@@ -30,6 +30,12 @@ More names a module may have, all optional:
     version() -> str       version of the runtime that does the work
     resident_bytes(config, scheme) -> int
                            bytes of weights it keeps while it computes, where that is not their stored size
+    adjust(checkpoint, scheme, device, threads, change) -> Session
+                           load() with a change of arithmetic, for fixes that are tried; raises Unsupported for one
+                           that it cannot make, never leaves it out. ``change`` is plain JSON:
+                               "fp32": [patterns]    results of these trace points kept in float32 and not rounded,
+                                                     what reads them computing in float32 (reference.mixed.Mixed)
+                               "rescale_every": n    the residual stream halved after every n layers
 """
 
 from __future__ import annotations

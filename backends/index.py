@@ -31,6 +31,7 @@ BUILT_IN: dict[str, str] = {
     "ncnn": "backends.ncnn_rwkv",
     "faster-rwkv": "backends.faster_rwkv",
     "tvm": "backends.tvm_mlc",
+    "mlc-chat": "backends.mlc_chat_cli",
 }
 
 #: Backend -> the environment variable that names a library or program of the user's, which it then drives.
@@ -38,6 +39,7 @@ LIBRARIES: dict[str, str] = {
     "rwkv.cpp": "RWKV_CPP_LIBRARY",
     "faster-rwkv": "RWKV_BENCH_FASTER_RWKV",
     "tvm": "RWKV_BENCH_TVM_LIBRARY",
+    "mlc-chat": "RWKV_BENCH_MLC_CHAT",
 }
 
 #: Usable by name, never part of ``all``: they exist for the tests of the harness itself.

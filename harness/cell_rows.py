@@ -30,11 +30,16 @@ from reference.schemes import SCHEMES, stored_bytes
 
 @dataclass(frozen=True)
 class Job:
-    """What to do with each cell: ``sampling`` is ``None`` where only verdicts are wanted."""
+    """What to do with each cell.
+
+    sampling  ``None`` where nothing is timed
+    command   the name of a command other than ``run`` and ``parity``, and its own options
+    """
 
     request: Request
     sampling: Sampling | None
     run: str
+    command: tuple[str, ...] = ()
 
 
 def base_row(cell: Cell, model: Model, job: Job) -> Row:
@@ -75,7 +80,8 @@ def runs_apart(backend: str, request: Request) -> bool:
 def reproduce(cell: Cell, job: Job) -> str:
     """The command line that runs this one cell again."""
     work = cell.workload
-    words = ["rwkv-bench", "run" if job.sampling else "parity", "--model", cell.model, "--backend", cell.backend]
+    name, *own = job.command or ("run" if job.sampling else "parity",)
+    words = ["rwkv-bench", name, "--model", cell.model, "--backend", cell.backend]
     if cell.hardware.host:
         words += ["--hardware", cell.hardware.host]
     words += ["--quant", cell.scheme, "--device", cell.hardware.device, "--threads", str(cell.threads)]
@@ -93,7 +99,7 @@ def reproduce(cell: Cell, job: Job) -> str:
         words += ["--cpus", str(job.request.placement)]
     if job.request.seed:
         words += ["--seed", str(job.request.seed)]
-    return shlex.join(words)
+    return shlex.join([*words, *own])
 
 
 def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:

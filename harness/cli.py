@@ -12,20 +12,23 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from harness import streams
 from harness.console import columns, fail, out, say, show_warning
 from harness.interrupt import Terminated, terminable
-from harness.options import NotInThisVersion, TextWanted, UsageError, output_format, parse
+from harness.options import NotInThisVersion, TextWanted, UsageError, command_file, output_format, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from harness.collect import Collector
+    from harness.conversation import Conversing
     from harness.inventory import Phone
     from harness.measure import Sampling
-    from harness.plan import Plan, Request
+    from harness.plan import Cell, Plan, Request
     from harness.rows import Row
 
 
@@ -72,12 +75,16 @@ def _command(argv: list[str]) -> int:
 def run(arguments: Namespace) -> int:
     """``run`` and ``parity``: measure every cell, then print the table."""
     from harness.asked import requested, sampling_of
+    from harness.cell_rows import Job
     from harness.collect import store_path
     from harness.phone_runs import phones_of
     from harness.plan import plan
     from harness.recorded import recorded_rows
+    from harness.run import new_run_id
+    from harness.run import run as run_plan
     from reports.output import check_output
     from reports.published import published_rows
+    from reports.tables import summary
 
     phones = phones_of(arguments.hardware)
     if phones:
@@ -88,7 +95,8 @@ def run(arguments: Namespace) -> int:
         return _dry_run(request, planned, sampling, arguments)
     store = store_path(arguments.store, make=bool(planned.cells or planned.refused))
     check_output(arguments.output, store)
-    collector, stopped = _measure(request, planned, sampling, store)
+    work = partial(run_plan, planned, Job(request, sampling, new_run_id()))
+    collector, stopped = _collect(planned, store, work, summary)
     known = [row for name in planned.absent for row in recorded_rows(store, name, request.schemes)]
     known += [row for name in planned.absent for row in published_rows(name, request.schemes)]
     try:
@@ -125,23 +133,19 @@ def _run_phones(phones: Sequence[Phone], arguments: Namespace) -> int:
     return exit_code([row_code(row, True) for row in rows])
 
 
-def _measure(
-    request: Request, planned: Plan, sampling: Sampling | None, store: Path
+def _collect(
+    planned: Plan, store: Path, work: Callable[..., None], summary: Callable[[Sequence[Row]], str]
 ) -> tuple[Collector, BaseException | None]:
-    """Run the plan; what ended it early is returned, because what has been measured is printed first."""
-    from harness.cell_rows import Job
+    """``work(add, tell)`` over the plan; what ended it early is returned: what has been measured is printed first."""
     from harness.collect import Collector
     from harness.progress import Progress
-    from harness.run import new_run_id
-    from harness.run import run as run_plan
     from reference.errors import InputError
-    from reports.tables import summary
 
     with Progress(sys.stderr, planned.cells, sys.stderr.isatty()) as progress:
         collector = Collector(store, progress, summary)
         stopped: BaseException | None = None
         try:
-            run_plan(planned, Job(request, sampling, new_run_id()), collector.add, collector.tell)
+            work(collector.add, collector.tell)
         except (KeyboardInterrupt, InputError) as error:
             stopped = error
         collector.finish_cell()
@@ -167,6 +171,37 @@ def _status(request: Request, planned: Plan, collector: Collector, known: set[st
     return exit_code(codes)
 
 
+def quality(arguments: Namespace) -> int:
+    """``quality``: how far every cell is from the fp32 weights on a text, then the table."""
+    from harness.collect import store_path
+    from harness.plan import plan
+    from harness.quality import work
+    from reports.output import check_output
+    from reports.quality_table import formatted, summary
+
+    command = command_file("quality")
+    command.refuse_phones(arguments)
+    asked, request = command.asked(arguments), command.requested(arguments)
+    planned = plan(request)
+    if arguments.dry_run:
+        return _dry_run(request, planned, None, arguments, asked.seconds)
+    store = store_path(arguments.store, make=bool(planned.cells or planned.refused))
+    check_output(arguments.output, store)
+    job = command.job(request, asked)
+    collector, stopped = _collect(planned, store, partial(work.run, planned, job, asked), summary)
+    try:
+        if collector.rows or stopped is None:
+            _deliver(formatted(collector.rows, output_format(arguments), *_shape(arguments)), arguments.output)
+    except BrokenPipeError:
+        pass  # nobody reads the table any more; the exit status still counts
+    finally:
+        if collector.rows:
+            say(f"{_rows(len(collector.rows))} added to {store}")
+    if stopped is not None:
+        raise stopped
+    return _status(request, planned, collector, set())
+
+
 def list_what_is_here(arguments: Namespace) -> int:
     """``list``: backends, schemes, hardware, models."""
     from harness.listing import collect
@@ -179,7 +214,9 @@ def list_what_is_here(arguments: Namespace) -> int:
 
 def generate(arguments: Namespace) -> int:
     """``generate``: text to stdout as it comes, its speed to stderr."""
+    from backends.index import load_backend
     from harness.asked import only_cell
+    from harness.conversation import Conversing
     from harness.generate import NonFiniteLogits, Speed, speeds
     from harness.generate import generate as tokens_of
     from harness.models import open_model
@@ -187,8 +224,11 @@ def generate(arguments: Namespace) -> int:
     from harness.status import FAILED
     from reference.errors import InputError
 
-    cell = only_cell(arguments)
     data = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
+    backend = load_backend(arguments.backend)
+    if isinstance(backend, Conversing):
+        return _converse(backend, data.decode("utf-8", "replace"), arguments)
+    cell = only_cell(arguments)
     model = open_model(cell.model, arguments.seed)
     tokenizer = model.tokenizer()
     prompt = tokenizer.encode(data)
@@ -212,10 +252,29 @@ def generate(arguments: Namespace) -> int:
     return 0
 
 
+def _converse(backend: Conversing, prompt: str, arguments: Namespace) -> int:
+    """``generate`` with a program that only talks: its answer, and recorded rows of the speeds it prints."""
+    from harness.collect import store_path
+    from harness.conversation import ConversationFailed, ask
+    from harness.status import CRASHED
+    from harness.store import append
+
+    try:
+        answer, rows = ask(backend, prompt, arguments)
+    except ConversationFailed as error:
+        return fail(str(error), CRASHED)
+    out(answer + "\n")
+    store = store_path(None)
+    for row in rows:
+        append(store, row)
+        say(f"{row.backend} {row.scheme}: {row.metric} {row.value:g} {row.unit}, as it printed it (parity unknown)")
+    say(f"{_rows(len(rows))} added to {store}")
+    return 0
+
+
 def setup(arguments: Namespace) -> int:
     """``setup``: build environments; a line for each on stderr."""
     from harness.live import LiveLine
-    from harness.options import command_file
 
     with LiveLine(sys.stderr) as line:
         code: int = command_file("setup").run(arguments, line.show, line.done)
@@ -226,8 +285,6 @@ def _told(name: str) -> Callable[[Namespace], int]:
     """``convert``, ``compile``: a command that only says what it does, a line each on stderr."""
 
     def run_it(arguments: Namespace) -> int:
-        from harness.options import command_file
-
         code: int = command_file(name).run(arguments, say)
         return code
 
@@ -237,7 +294,6 @@ def _told(name: str) -> Callable[[Namespace], int]:
 def import_figures(arguments: Namespace) -> int:
     """``import``: another program's figures, stored and shown."""
     from harness.collect import store_path
-    from harness.options import command_file
     from harness.store import append
     from reports.output import check_output
 
@@ -249,6 +305,37 @@ def import_figures(arguments: Namespace) -> int:
     _write_rows(rows, arguments)
     say(f"{_rows(len(rows))} added to {store}")
     return 0
+
+
+def localize(arguments: Namespace) -> int:
+    """``localize``: the report to stdout, and a picture where one is asked for."""
+    from harness.live import LiveLine
+    from harness.status import CRASHED
+
+    command = command_file("localize")
+    with LiveLine(sys.stderr) as line:
+        try:
+            found = command.run(arguments, line.show, output_format(arguments))
+        except command.Broke as error:
+            return fail(str(error), CRASHED)
+    _deliver(found.document, arguments.output)
+    if arguments.heat_map and found.grid is not None:
+        from reports.heatmap import draw
+
+        draw(arguments.heat_map, found.title, found.grid)
+    code: int = found.code
+    return code
+
+
+def headroom(arguments: Namespace) -> int:
+    """``headroom``: the document to stdout."""
+    from harness.live import LiveLine
+
+    with LiveLine(sys.stderr) as line:
+        text, code = command_file("headroom").run(arguments, line.show, output_format(arguments))
+    _deliver(text, arguments.output)
+    found: int = code
+    return found
 
 
 def _rows(count: int) -> str:
@@ -264,17 +351,32 @@ _COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "convert": _told("convert"),
     "compile": _told("compile"),
     "import": import_figures,
+    "quality": quality,
+    "localize": localize,
+    "headroom": headroom,
 }
 
 
 def _write_rows(rows: Sequence[Row], arguments: Namespace) -> None:
     from reports.output import formatted
 
+    _deliver(formatted(rows, output_format(arguments), *_shape(arguments)), arguments.output)
+
+
+def _shape(arguments: Namespace) -> tuple[int | None, bool]:
+    """Columns that a table may take, and whether it is in colour."""
     width = None if arguments.output else columns()
-    _deliver(formatted(rows, output_format(arguments), width, width is not None), arguments.output)
+    return width, width is not None
 
 
-def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, arguments: Namespace) -> int:
+def _dry_run(
+    request: Request,
+    planned: Plan,
+    sampling: Sampling | None,
+    arguments: Namespace,
+    more: Callable[[Cell], float] = lambda cell: 0.0,
+) -> int:
+    """``more``: seconds of a cell beyond what ``run`` does with it."""
     from harness.dry_run import for_people, foresee, records, total, would_run
     from harness.status import NOT_AVAILABLE, exit_code, unmet
     from reports.records import as_json, as_text
@@ -282,7 +384,7 @@ def _dry_run(request: Request, planned: Plan, sampling: Sampling | None, argumen
     kind = output_format(arguments)
     if kind not in ("table", "json"):
         raise UsageError(f"--dry-run has --format table or json, not {kind}")
-    cells = foresee(planned, sampling)
+    cells = [replace(it, seconds=it.seconds + more(it.cell)) for it in foresee(planned, sampling)]
     found = records(planned, cells)
     width = None if arguments.output else columns()
     table = (as_text({"cells": for_people(found)}, width) if found else "") + total(cells) + "\n"

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
-LATER_COMMANDS = ("localize", "headroom", "quality", "compare", "ab", "gpu-check", "report", "recommend")
+LATER_COMMANDS = ("compare", "ab", "gpu-check", "report", "recommend")
 LATER_OPTIONS = ("--resume",)
 
 #: Commands with a file of their own: HELP, EXAMPLES, ``options(parser)`` and ``run``.
@@ -64,10 +64,20 @@ COMMAND_FILES = {
     "convert": "harness.command_convert",
     "import": "harness.command_import",
     "compile": "harness.command_compile",
+    "quality": "harness.command_quality",
+    "localize": "harness.command_localize",
+    "headroom": "harness.command_headroom",
 }
 
 
-_GIVES_ROWS = ("import",)
+_GIVES_ROWS = ("import", "quality")
+
+#: Of those, the commands that run cells, chosen with the options of ``run``.
+_RUNS_CELLS = ("quality",)
+
+#: Commands that give one document of their own, in the formats they know, and those that open one backend for it.
+_GIVES_DOCUMENT = {"localize": ("table", "json"), "headroom": FORMATS}
+_OPENS_ONE = ("localize",)
 
 
 def command_file(name: str) -> ModuleType:
@@ -122,9 +132,15 @@ def _top() -> tuple[Parser, dict[str, Parser]]:
         file = command_file(name)
         epilog = f"{file.EXAMPLES}\n{EXIT_CODES}"
         commands[name] = subparsers.add_parser(name, help=file.HELP, description=file.HELP, epilog=epilog)
+        if name in _RUNS_CELLS:
+            _selection(commands[name])
         file.options(commands[name])
+        if name in _OPENS_ONE:
+            _apart(commands[name])
         if name in _GIVES_ROWS:
             _output(commands[name])
+        if name in _GIVES_DOCUMENT:
+            _document(commands[name], _GIVES_DOCUMENT[name])
     return parser, commands
 
 
@@ -209,6 +225,13 @@ def _output(parser: Parser) -> None:
     group.add_argument("--format", type=formats, metavar="F", help=f"{', '.join(FORMATS)} (default table)")
     group.add_argument("--output", type=_path, metavar="FILE", help="write there instead, by default as its name ends")
     group.add_argument("--store", type=_path, metavar="FILE", help="append each row to this JSONL file when measured")
+
+
+def _document(parser: Parser, known: tuple[str, ...]) -> None:
+    group = parser.add_argument_group("where the result goes (data to stdout, progress to stderr)")
+    text = f"{', '.join(known)} (default table)"
+    group.add_argument("--format", type=_one_of("format", known), metavar="F", help=text)
+    group.add_argument("--output", type=_path, metavar="FILE", help="write there instead, by default as its name ends")
 
 
 def _threads(parser: argparse._ActionsContainer) -> None:

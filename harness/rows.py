@@ -56,7 +56,8 @@ class Row:
     run, time        which run and when (ISO 8601); a measured row needs both
     cpus             the CPUs (and the memory) that its process was bound to, if it was
     unit             the metric's (:data:`METRIC_UNITS`); filled in if left empty
-    value, interval  median and its 95 % interval, in ``unit``
+    part             quality: of what a divergence is, ``weights`` as stored or ``kernel``; null: of the whole
+    value, interval  median (of times) or mean, and its 95 % interval, in ``unit``
     samples          raw: nanoseconds for times and rates, the metric's own unit else
     steps            decode by ``loop``: nanoseconds of every step of every sample
     peak_bytes       growth of resident memory since before load (:mod:`harness.memory`)
@@ -64,6 +65,7 @@ class Row:
     statistic        parity: which error that is, such as ``worst position`` (:mod:`harness.tolerance`)
     first_bad        parity: any JSON value that says where
     checks           parity: every way the prompt was run, with its error and bound
+    quality          on which text: name, hash of its ids, positions, context (:mod:`harness.quality.rows`)
     extra            fields this version does not know, kept and written back
     """
 
@@ -88,6 +90,7 @@ class Row:
     driver: str | None = None
     workload: Workload | None = None
     metric: str
+    part: str | None = None
     unit: str = ""
     value: float | None = None
     interval: tuple[float, float] | None = None
@@ -105,6 +108,7 @@ class Row:
     bound: float | None = None
     first_bad: Any = None
     checks: Any = None
+    quality: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,7 +159,7 @@ _REQUIRED = ("kind", "hardware", "backend", "model", "scheme", "metric")
 _FLAGS = ("synthetic", "isolated")
 _INTEGERS = ("threads", "peak_bytes", "weight_bytes")
 _NUMBERS = ("value", "roofline_fraction", "error", "bound")
-_OBJECTS = ("hardware_detail", "config", "extra")
+_OBJECTS = ("hardware_detail", "config", "quality", "extra")
 _LISTS = ("interval", "samples", "steps")
 _NUMERIC_OR_NESTED = (*_FLAGS, *_INTEGERS, *_NUMBERS, *_OBJECTS, *_LISTS, "first_bad", "checks")
 _TEXTS = tuple(name for name in FIELDS if name not in (*_NUMERIC_OR_NESTED, "workload"))
@@ -180,8 +184,8 @@ def cell(row: Row) -> tuple[Any, ...]:
 
 
 def identity(row: Row) -> tuple[Any, ...]:
-    """Equal for two rows only if one is a copy of the other: run, time, kind, metric and cell."""
-    return (row.run, row.time, row.kind, row.metric, *cell(row))
+    """Equal for two rows only if one is a copy of the other: run, time, kind, metric, part and cell."""
+    return (row.run, row.time, row.kind, row.metric, row.part, *cell(row))
 
 
 def _plain(value: Any, at: str, not_finite: list[str]) -> Any:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from backends.api import Session, Unavailable, Unsupported
+from backends.index import LIBRARIES
 from harness import inventory
 from harness.budget import shortage
 from harness.bundle import save_bundle
@@ -49,7 +50,7 @@ from harness.timed_check import decode_checks, following, long_check, prefill_ch
 from harness.tolerance import Truth, beyond_gate
 from harness.trace_point import first_bad_point
 from harness.without_codec import NotComparable, has_codec, quality, truth_for
-from reference.errors import InputError
+from reference.errors import CheckpointError, InputError
 from reference.schemes import apply
 
 #: Length of the parity gate's prompt; the bound needs at least 32 positions.
@@ -102,14 +103,18 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
             cell.hardware.device,
             cell.threads,
             job.request.isolate,
-            _apart(cell, job),
+            apart_of(cell, job),
             work.tell,
         ) as opened:
             work.judge_and_measure(opened, base)
     except (RowError, StoreError):
         raise  # ours, not the backend's
+    except CheckpointError as error:
+        if os.environ.get(LIBRARIES.get(cell.backend, "")):
+            raise  # the model was opened: it is a library of the user's that is not one, or another model's
+        emit(replace(base, metric="parity", unit="", verdict="UNSUPPORTED", reason=one_line(str(error))))
     except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
-        verdict, reason = _verdict(error, cell, job)
+        verdict, reason = verdict_of(error, cell, job)
         reason = one_line(reason)
         metric = "parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else work.metric
         emit(replace(base, metric=metric, unit="", verdict=verdict, reason=reason))
@@ -117,7 +122,7 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
         gc.collect()
 
 
-def _apart(cell: Cell, job: Job) -> Apart | None:
+def apart_of(cell: Cell, job: Job) -> Apart | None:
     request = job.request
     host = inventory.load().hosts[cell.hardware.host] if cell.hardware.host else None
     if host is None and request.timeout is None and request.placement is None:
@@ -125,7 +130,7 @@ def _apart(cell: Cell, job: Job) -> Apart | None:
     return Apart(request.timeout, request.placement, host)
 
 
-def _verdict(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
+def verdict_of(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
     """What an exception of a cell makes of it, and why."""
     if isinstance(error, Unavailable):
         return "UNAVAILABLE", str(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,6 +17,7 @@ from harness.isolation import hosts, start
 from harness.isolation.child import TIMEOUT_SECONDS, ChildDied, ChildTimedOut
 from harness.isolation.placement import Placement
 from harness.isolation.remote import Line, RemoteMeter, remote_session
+from harness.isolation.sources import loaded
 from harness.measure import timed_load
 from harness.meter import HereMeter, Meter, Tell
 from harness.models import Model, open_model
@@ -75,11 +76,13 @@ def open_session(
     isolate: bool | None = None,
     apart: Apart | None = None,
     tell: Tell = lambda text: None,
+    change: Mapping[str, Any] | None = None,
 ) -> Iterator[Opened]:
     """Load ``model`` into ``backend``; closes the session at the end.
 
     scheme   ``None``: the backend's first
     isolate  in a process of its own; ``None``: where the backend declares an environment
+    change   of its arithmetic, as ``adjust`` of :mod:`backends.api` takes it; ``arithmetic`` stays what is declared
 
     Raises UnknownBackend, InputError, Unavailable or Unsupported; isolated, also ChildDied, ChildTimedOut
     and RemoteError (:mod:`harness.isolation`).
@@ -96,17 +99,22 @@ def open_session(
     if isolate is None:
         isolate = apart is not None or needs_isolation(backend)
     if isolate:
-        load = _Load(backend, module, _weights(model), *_named(model), scheme, device, threads)
+        load = _Load(backend, module, _weights(model), *_named(model), scheme, device, threads, change)
         with _opened_apart(load, apart or Apart(), tell) as opened:
             yield opened
     else:
-        with _opened_here(module, model, scheme, device, threads) as opened:
+        with _opened_here(module, model, scheme, device, threads, change) as opened:
             yield opened
 
 
 @contextmanager
 def _opened_here(
-    module: ModuleType, model: str | Model | Weights, scheme: str, device: str, threads: int | None
+    module: ModuleType,
+    model: str | Model | Weights,
+    scheme: str,
+    device: str,
+    threads: int | None,
+    change: Mapping[str, Any] | None,
 ) -> Iterator[Opened]:
     try:
         check(module)
@@ -122,7 +130,7 @@ def _opened_here(
             prepare = getattr(module, "prepare", None)
             if prepare is not None:
                 prepare(weights, scheme, device)
-            session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
+            session, load_ns = timed_load(lambda: loaded(module, weights, scheme, device, threads, change))
             meter.session = session
             try:
                 arithmetic = module.INFO.arithmetic(scheme, device)
@@ -146,12 +154,15 @@ class _Load:
     scheme: str
     device: str
     threads: int | None
+    change: Mapping[str, Any] | None = None
 
 
 @contextmanager
 def _opened_apart(load: _Load, apart: Apart, tell: Tell) -> Iterator[Opened]:
     info: BackendInfo = load.module.INFO
     with _line_there(load, apart, tell) if apart.host else _line_here(load, apart, tell) as (line, found):
+        if load.change:
+            found["change"] = dict(load.change)
         answer = line.open(tell, **found, threads=load.threads, cpus=apart.placement and str(apart.placement))
         yield Opened(
             session=remote_session(line, answer["capabilities"]),

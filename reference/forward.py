@@ -97,10 +97,13 @@ def forward(
             x = add(x + channel_mix(h, weights, block + "ffn.", state[i], op, tap))
             tap(block + "ffn.residual", x)
         # The head is the largest matrix: one position is enough unless somebody looks at the others.
-        x = layer_norm(x if all_logits or tap is not _no_tap else x[-1:], weights, "ln_out", op)
+        watched = tap is not _no_tap
+        x = layer_norm(x if all_logits or watched else x[-1:], weights, "ln_out", op)
         tap("ln_out", x)
         logits = op.at("logits").linear(x, weights["head.weight"])  # (T or 1, V)
         tap("logits", logits)
+        if watched and not all_logits:  # one row alone may be added up in another order; watching changes nothing
+            logits = op.at("logits").linear(x[-1:], weights["head.weight"])
     return (logits if all_logits else logits[-1]), state
 
 

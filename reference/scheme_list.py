@@ -50,9 +50,8 @@ class Scheme:
         """Stored bits per weight of the layers' matrices, scales and padding included, at the 169M shape."""
         if self.codec is None:
             return self.stated
-        kept = self.codec.matrices
         shapes = {n: s for n, s in tensor_shapes(preset(BITS_SHAPE)).items() if n.startswith("blocks") and is_matrix(n)}
-        stored = sum(kept.nbytes(name, shape, "f16") for name, shape in shapes.items())
+        stored = sum(self.codec.format(name).nbytes(name, shape, "f16") for name, shape in shapes.items())
         return 8 * stored / sum(math.prod(shape) for shape in shapes.values())
 
     @property
@@ -113,9 +112,20 @@ def _chatrwkv(kept: Floats, numpy_type: Any) -> Codec:
     return Codec(packed, embedding=kept, head=packed, vectors=kept)
 
 
+@dataclass(frozen=True)
+class _AttApart(Codec):
+    """A codec that keeps the matrices of time mixing in a format of their own."""
+
+    att: Format | None = None
+
+    def format(self, name: str) -> Format:
+        return self.att if self.att is not None and ".att." in name and is_matrix(name) else super().format(name)
+
+
 def _onnx(name: str, kept: OnnxScheme) -> Scheme:
     """ONNX Runtime: every linear layer and the head are quantized, the embedding stays as it is in the file."""
-    codec = Codec(Packed(kept.matrices), embedding=SOURCE, head=Packed(kept.head), vectors=F32)
+    att = Packed(kept.att) if kept.att is not None else None
+    codec = _AttApart(Packed(kept.matrices), embedding=SOURCE, head=Packed(kept.head), vectors=F32, att=att)
     scales = "f32+zero" if kept.matrices.asymmetric else "f32"
     return Scheme(name, f"int{kept.matrices.bits}", "ONNX Runtime", codec, scales)
 

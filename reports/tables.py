@@ -11,7 +11,17 @@ from typing import Any
 from harness.rows import FIELDS, Row, cell
 
 #: Fields that are one line of raw data too many for a spreadsheet; the JSON formats have them.
-_NOT_IN_CSV = ("samples", "steps", "config", "hardware_detail", "interval", "workload", "first_bad", "checks")
+_NOT_IN_CSV = (
+    "samples",
+    "steps",
+    "config",
+    "hardware_detail",
+    "interval",
+    "workload",
+    "first_bad",
+    "checks",
+    "quality",
+)
 
 
 #: Columns of text; the others are numbers and end at their right edge.
@@ -40,14 +50,14 @@ def speed_table(rows: Sequence[Row]) -> Table:
     A cell that did not pass shows its verdict where a speed would stand. Columns whose value is the
     same in every line move to the title.
     """
-    cells = sorted(_cells(rows), key=lambda group: _verdict(group) in _NOT_RUN)  # what ran comes first
-    shared, keys = _shared(cells)
+    cells = sorted(group_cells(rows), key=lambda group: verdict_of(group) in _NOT_RUN)  # what ran comes first
+    shared, keys = shared_by(cells)
     timed = any(row.metric in ("prefill", "decode") for row in rows)
     header = (*keys, "parity", "error ≤ bound")
     if timed:
         header = (*header, "prefill tok/s", "decode tok/s", "1st token", "memory")
-    lines = [(*(_key(group, key) for key in keys), *_figures(group, timed)) for group in cells]
-    return Table(_title(rows, shared), header, tuple(lines), tuple(_notes(cells)))
+    lines = [(*(shared_key(group, key) for key in keys), *_figures(group, timed)) for group in cells]
+    return Table(title_of(rows, shared), header, tuple(lines), tuple(_notes(cells)))
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -63,7 +73,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def claims_table(rows: Sequence[Row], title: str) -> Table:
     """Recorded, published and predicted rows: labelled as such, with their source, and without a verdict."""
     lines = [
-        (row.hardware, row.backend, row.model, row.scheme, row.metric, f"{_number(row.value)} {row.unit}", row.kind)
+        (row.hardware, row.backend, row.model, row.scheme, row.metric, f"{number(row.value)} {row.unit}", row.kind)
         for row in rows
     ]
     header = ("hardware", "backend", "model", "scheme", "metric", "value", "kind")
@@ -98,18 +108,18 @@ def to_csv(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """One cell in one line: ``PASS, prefill 9100 tok/s, decode 610 tok/s``."""
     by_metric = {row.metric: row for row in rows}
-    verdict = _verdict(rows)
+    verdict = verdict_of(rows)
     divergence = by_metric.get("kl_divergence")
     if verdict == "UNSUPPORTED" and divergence is not None and divergence.value is not None:
-        verdict = f"no codec, KL {_small(divergence.value)}"
+        verdict = f"no codec, KL {small(divergence.value)}"
     why = next((row.reason for row in rows if row.verdict == verdict and row.reason), None)
     if verdict != "PASS" and why:
         return f"{verdict}: {why}"
     speeds = [m for m in ("prefill", "decode") if m in by_metric and by_metric[m].value is not None]
-    return ", ".join([verdict, *(f"{m} {_number(by_metric[m].value)} tok/s" for m in speeds)])
+    return ", ".join([verdict, *(f"{m} {number(by_metric[m].value)} tok/s" for m in speeds)])
 
 
-def _cells(rows: Sequence[Row]) -> list[list[Row]]:
+def group_cells(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows of one cell together, in the order in which the cells first appear."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -126,19 +136,21 @@ _ENDED = ("CRASHED", "TIMEOUT")
 _KEYS = ("hardware", "model", "backend", "scheme", "threads")
 
 
-def _shared(cells: Sequence[Sequence[Row]]) -> tuple[dict[str, str], list[str]]:
+def shared_by(cells: Sequence[Sequence[Row]]) -> tuple[dict[str, str], list[str]]:
     """What all cells have in common, and the keys that need a column; backend and scheme always do."""
-    values = {key: {_key(group, key) for group in cells} - {""} for key in _KEYS}
+    values = {key: {shared_key(group, key) for group in cells} - {""} for key in _KEYS}
     columns = [key for key in _KEYS if key in ("backend", "scheme") or len(values[key]) > 1]
     return {key: next(iter(values[key])) for key in _KEYS if key not in columns and values[key]}, columns
 
 
-def _key(group: Sequence[Row], key: str) -> str:
+def shared_key(group: Sequence[Row], key: str) -> str:
+    """A key of a cell as text; empty where it has none."""
     value = getattr(group[0], key)
     return "" if value is None else str(value)
 
 
-def _title(rows: Sequence[Row], shared: dict[str, str]) -> str:
+def title_of(rows: Sequence[Row], shared: dict[str, str]) -> str:
+    """What all cells have in common, in one line."""
     words = []
     if "model" in shared:
         synthetic = any(row.synthetic for row in rows)
@@ -158,14 +170,14 @@ def _title(rows: Sequence[Row], shared: dict[str, str]) -> str:
 
 def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
     by_metric = {row.metric: row for row in group}
-    verdict = _verdict(group)
+    verdict = verdict_of(group)
     gate = [row for row in group if row.metric in ("parity", "state_parity")]
     ended = verdict in _ENDED and bool(gate)  # it was judged before it died: that verdict stands
-    shown = _verdict(gate) if ended else verdict
+    shown = verdict_of(gate) if ended else verdict
     judged = (shown, _error(next((row for row in group if row.verdict == shown and row.error is not None), None)))
     divergence = by_metric.get("kl_divergence")
     if verdict == "UNSUPPORTED" and divergence is not None:
-        judged = ("no codec", f"KL {_small(divergence.value)}" if divergence.value is not None else "")
+        judged = ("no codec", f"KL {small(divergence.value)}" if divergence.value is not None else "")
         verdict = "PASS"  # of what could be judged
     if not timed:
         return judged
@@ -184,7 +196,7 @@ def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
     )
 
 
-def _verdict(group: Sequence[Row]) -> str:
+def verdict_of(group: Sequence[Row]) -> str:
     """The worst verdict of the group: a cell passes if all of it does."""
     order = ("CRASHED", "TIMEOUT", "FAIL", "UNAVAILABLE", "UNSUPPORTED", "PASS")
     found = {row.verdict for row in group}
@@ -195,10 +207,10 @@ def _error(row: Row | None) -> str:
     if row is None or row.error is None or row.bound is None:
         return ""
     relation = "≤" if row.error <= row.bound else ">"
-    return f"{_small(row.error)} {relation} {_small(row.bound)}"
+    return f"{small(row.error)} {relation} {small(row.bound)}"
 
 
-def _small(value: float) -> str:
+def small(value: float) -> str:
     """``2.1e-6``: an exponent without its leading zero."""
     digits, _, exponent = f"{value:.1e}".partition("e")
     return f"{digits}e{int(exponent)}"
@@ -208,14 +220,14 @@ def _speed(row: Row | None) -> str:
     """``1234 ±2%``: the interval's wider half; a value without interval stands alone."""
     if row is None or row.value is None:
         return "" if row is None else str(row.verdict)
-    text = _number(row.value)
+    text = number(row.value)
     if row.interval is None:
         return text
     half = max(row.interval[1] - row.value, row.value - row.interval[0]) / row.value
     return f"{text} ±{100 * half:.0f}%" if half >= 0.005 else f"{text} ±{100 * half:.1f}%"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three significant digits, whole numbers whole."""
     if value is None:
         return ""

@@ -33,7 +33,14 @@ INFO = BackendInfo(
     origin="https://github.com/microsoft/onnxruntime",
     devices=("cpu",),
     schemes={name: kept.arithmetic for name, kept in SCHEMES.items()},
-    usual=("fp32", "ort_int4_g32", "ort_int4_g32_int8act", "ort_int4_g128_int8act", "ort_int8_g32_int8act"),
+    usual=(
+        "fp32",
+        "ort_int4_g32_asym",
+        "ort_int4_g32_asym_att8_int8act",
+        "ort_int4_g128_asym_att8_int8act",
+        "ort_int8_g32",
+        "ort_int8_g128_int8act",
+    ),
 )
 
 _X86 = ("x86_64", "amd64")

@@ -18,6 +18,7 @@ The symbols are those of reference/forward.py. The order of roundings differs, n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def write_weights(weights: Weights, kept: Kept, file: WeightFile) -> None:
         elif blocks is None:
             file.add(name, _float32(tensor).T)
         else:
-            for part, array in _quantized(tensor, blocks).items():
+            for part, array in _quantized(tensor, blocks, halved=kept.halved(blocks)).items():
                 file.add(f"{name}.{part}", array)
         release(tensor)
     for i in range(weights.config.n_layer):
@@ -68,12 +69,27 @@ def _float32(tensor: Tensor) -> np.ndarray:
     return np.asarray(tensor.rows(slice(None), np.float32))
 
 
-def _quantized(tensor: Tensor, blocks: OnnxBlocks) -> dict[str, np.ndarray]:
-    """The operator's inputs by the name of their part."""
+def _quantized(tensor: Tensor, blocks: OnnxBlocks, halved: bool) -> dict[str, np.ndarray]:
+    """The operator's inputs by the name of their part; ``halved``: those of two operators of 4 bits."""
     n, k = tensor.shape
     step = max(1, _BLOCK_ELEMENTS // k)
-    packed = [blocks.quantize(tensor.rows(slice(a, a + step), np.float32))._asdict() for a in range(0, n, step)]
+    quantized = (blocks.quantize(tensor.rows(slice(a, a + step), np.float32)) for a in range(0, n, step))
+    packed = [_halves(one) if halved else one._asdict() for one in quantized]
     return {part: np.concatenate([p[part] for p in packed]) for part in packed[0] if packed[0][part] is not None}
+
+
+def _halves(packed: OnnxPacked) -> dict[str, np.ndarray]:
+    """Symmetric codes of 8 bits as 16 times one of 4 bits with zero point 8, and one with zero point 0."""
+    codes, (rows, groups) = packed.codes, packed.scales.shape
+    high, low = ((half[..., 0::2] | (half[..., 1::2] << np.uint8(4))) for half in (codes >> 4, codes & 15))
+    zeros = np.zeros((rows, -(-groups // 2)), dtype=np.uint8)
+    return {
+        "high.codes": high,
+        "high.scales": np.float32(16) * packed.scales,
+        "low.codes": low,
+        "low.scales": packed.scales,
+        "low.zeros": zeros,
+    }
 
 
 class Mixed(NamedTuple):
@@ -170,10 +186,20 @@ class Network:
         graph, blocks = self._graph, self._kept.blocks(name)
         if blocks is None:
             return graph.op("MatMul", x, graph.weight(name), to=to)
-        stored = [graph.weight(f"{name}.{part}") for part in OnnxPacked._fields[: 2 + blocks.asymmetric]]
-        (n, k), level = self._weights[name].shape, self._kept.accuracy
+        if self._kept.halved(blocks):
+            half = replace(blocks, bits=4)
+            high = self._product(x, name, name + ".high", half)
+            low = self._product(x, name, name + ".low", replace(half, asymmetric=True))
+            return graph.op("Add", high, low, to=to)
+        return self._product(x, name, name, blocks, to)
+
+    def _product(self, x: str, name: str, stored: str, blocks: OnnxBlocks, to: str = "") -> str:
+        """``x`` times the matrix of a name, kept as ``stored``, transposed."""
+        graph, level = self._graph, self._kept.accuracy
+        parts = [graph.weight(f"{stored}.{part}") for part in OnnxPacked._fields[: 2 + blocks.asymmetric]]
+        n, k = self._weights[name].shape
         shape = {"N": n, "K": k, "bits": blocks.bits, "block_size": blocks.group}
-        return graph.contrib("MatMulNBits", x, *stored, to=(to,), accuracy_level=level, **shape)[0]
+        return graph.contrib("MatMulNBits", x, *parts, to=(to,), accuracy_level=level, **shape)[0]
 
 
 def _step(graph: Graph, of: Mixed, at: str) -> Any:

@@ -3,6 +3,7 @@
     __init__  what it offers, and whether it can run here; imports no torch
     model     the forward pass
     linear    matrix products
+    adjusted  the forward pass with some results in float32, for fixes that are tried
     session   the contract of backends.api over it
 
 What is computed: matrix products take activations of the scheme's type, accumulate in float32 and
@@ -12,9 +13,11 @@ plain half-precision code does. LayerNorm statistics and the whole WKV recurrenc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
+from typing import Any
 
 from backends.api import BackendInfo, Session, Unavailable, Unsupported
 from reference.numerics import Arithmetic
@@ -55,10 +58,21 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
 
     ``threads=None`` leaves torch's own number of CPU threads. Raises Unavailable or Unsupported.
     """
+    return _opened(checkpoint, scheme, device, threads, None)
+
+
+def adjust(checkpoint: Weights, scheme: str, device: str, threads: int | None, change: Mapping[str, Any]) -> Session:
+    """The same with a change of arithmetic; see :mod:`backends.api`. Raises Unsupported for one it cannot make."""
+    return _opened(checkpoint, scheme, device, threads, change)
+
+
+def _opened(
+    checkpoint: Weights, scheme: str, device: str, threads: int | None, change: Mapping[str, Any] | None
+) -> Session:
     if scheme not in INFO.schemes:
         raise Unsupported(f"torch has no scheme {scheme!r}; it has {', '.join(INFO.schemes)}")
     check()
     from backends.torch_eager.session import open_device, open_session
 
     place = open_device(device)
-    return open_session(apply(checkpoint, scheme), scheme, place, threads)
+    return open_session(apply(checkpoint, scheme), scheme, place, threads, change)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backends.torch_eager.linear import Linear, make_linear
+from reference.config import Config
 from reference.forward import LN_EPS, PP_START
 from reference.weights import Tensor as StoredTensor
 from reference.weights import Weights
@@ -74,7 +75,7 @@ class Model:
         self.config = weights.config
         self.dtype = dtype
         self.device = device
-        place = _Placing(weights, device)
+        place = Placing(weights, device)
         self._emb = place.tensor("emb.weight")
         self._ln0 = place.norm("blocks.0.ln0")
         self._layers = [place.layer(f"blocks.{i}.") for i in range(self.config.n_layer)]
@@ -83,11 +84,7 @@ class Model:
 
     def initial_state(self) -> State:
         """State before the first token."""
-        c = self.config.n_embd
-        x = torch.zeros(1, c, dtype=self.dtype, device=self.device)
-        sums = torch.zeros(2, c, device=self.device)
-        pp = torch.full((1, c), PP_START, device=self.device)
-        return tuple(LayerState(x, x, sums, pp) for _ in self._layers)
+        return initial_state(self.config, self.dtype, self.device)
 
     def hidden(self, ids: Tensor, state: State, tap: Tap) -> tuple[Tensor, State]:
         """Token ids ``(T,)`` -> what the head takes, ``(T, C)``, and the new state."""
@@ -106,15 +103,23 @@ class Model:
             tap(layer.prefix, "ln2", g)
             x = x + channel_mix(g, layer, past.ffn_x, tap)
             tap(layer.prefix, "ffn.residual", x)
-            new.append(LayerState(_last(h), _last(g), sums, pp))
+            new.append(LayerState(last(h), last(g), sums, pp))
         x = self._ln_out(x)
         tap("", "ln_out", x)
         return x, tuple(new)
 
 
+def initial_state(config: Config, dtype: torch.dtype, device: torch.device) -> State:
+    """State before the first token."""
+    x = torch.zeros(1, config.n_embd, dtype=dtype, device=device)
+    sums = torch.zeros(2, config.n_embd, device=device)
+    pp = torch.full((1, config.n_embd), PP_START, device=device)
+    return tuple(LayerState(x, x, sums, pp) for _ in range(config.n_layer))
+
+
 def time_mix(h: Tensor, layer: Layer, past: LayerState, tap: Tap) -> tuple[Tensor, Tensor, Tensor]:
     """``h (T, C)`` = ln1(x) -> output ``(T, C)``, new ``sums (2, C)``, new ``pp (1, C)``."""
-    xk, xv, xr = torch.lerp(_shift(h, past.att_x), h, layer.att_mu).unbind()
+    xk, xv, xr = torch.lerp(shift(h, past.att_x), h, layer.att_mu).unbind()
     tap(layer.prefix, "att.xk", xk)
     tap(layer.prefix, "att.xv", xv)
     tap(layer.prefix, "att.xr", xr)
@@ -152,7 +157,7 @@ def wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor, sums: Tensor, pp: Tensor) ->
 
     aa, bb = all_sums[:-1].unbind(1)  # before token t
     y = torch.addcmul(new * v, old, aa) / torch.addcmul(new, old, bb)
-    return y, all_sums[-1].clone(), _last(pps)
+    return y, all_sums[-1].clone(), last(pps)
 
 
 def _exponents(k: Tensor, w: Tensor, pp: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ def _exponents(k: Tensor, w: Tensor, pp: Tensor) -> Tensor:
 
 def channel_mix(h: Tensor, layer: Layer, ffn_x: Tensor, tap: Tap) -> Tensor:
     """``h (T, C)`` = ln2(x) -> ``(T, C)``."""
-    xk, xr = torch.lerp(_shift(h, ffn_x), h, layer.ffn_mu).unbind()
+    xk, xr = torch.lerp(shift(h, ffn_x), h, layer.ffn_mu).unbind()
     tap(layer.prefix, "ffn.xk", xk)
     tap(layer.prefix, "ffn.xr", xr)
     k = layer.ffn_key(xk)
@@ -185,17 +190,17 @@ def no_tap(prefix: str, name: str, value: Tensor) -> None:
     """A tap that looks at nothing."""
 
 
-def _shift(h: Tensor, past: Tensor) -> Tensor:
+def shift(h: Tensor, past: Tensor) -> Tensor:
     """``h`` of the token before, ``(T, C)``; ``past (1, C)`` comes before the first."""
     return past if len(h) == 1 else torch.cat([past, h[:-1]])
 
 
-def _last(x: Tensor) -> Tensor:
+def last(x: Tensor) -> Tensor:
     """The last row ``(1, C)``, on its own: a view would keep all of ``x`` alive in the state."""
     return x[-1:].clone()
 
 
-class _Placing:
+class Placing:
     """Puts stored tensors on the device, one at a time."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:

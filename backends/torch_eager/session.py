@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from backends.api import State, Tap, Unavailable, Unsupported
+from backends.torch_eager.adjusted import AdjustedModel
 from backends.torch_eager.model import LayerState, Model, no_tap
 from reference.forward import AA, ATT_X, BB, FFN_X, PP, STATE_ROWS, check_tokens
 from reference.weights import Weights
@@ -39,18 +41,22 @@ def _check_cuda(index: int) -> None:
         raise Unavailable(f"there is no cuda:{index}", f"torch sees {torch.cuda.device_count()} CUDA device(s)")
 
 
-def open_session(weights: Weights, scheme: str, device: torch.device, threads: int | None) -> TorchSession:
-    """A session over weights already stored as ``scheme``."""
+def open_session(
+    weights: Weights, scheme: str, device: torch.device, threads: int | None, change: Mapping[str, Any] | None = None
+) -> TorchSession:
+    """A session over weights already stored as ``scheme``; ``change`` as ``adjust`` takes it."""
     if threads is not None and threads < 1:
         raise Unsupported(f"torch needs at least one CPU thread; {threads} were asked for")
     with torch.inference_mode():
-        return TorchSession(Model(weights, _TYPES[scheme], device), threads)
+        kind = _TYPES[scheme]
+        model = AdjustedModel(weights, kind, device, change) if change else Model(weights, kind, device)
+        return TorchSession(model, threads)
 
 
 class TorchSession:
     """A :class:`backends.api.Session` with every optional capability."""
 
-    def __init__(self, model: Model, threads: int | None) -> None:
+    def __init__(self, model: Model | AdjustedModel, threads: int | None) -> None:
         self._model = model
         self._threads = threads
         self._initial = model.initial_state()

@@ -8,11 +8,12 @@
     storage       how a scheme keeps each tensor, and a library's parameters in order
     params        the params folder: index, shards, chat configuration
     tir_text, rows_cpu, products_cpu, product, kernels_*   kernels, written as TVMScript
-    graph         the Relax module that calls them
+    graph, graph_trace, points   the Relax module that calls them, and its trace points
     targets, compile, artefacts   compiles it where TVM's compiler is loaded, and looks at what came of it
     export        runs the compiler in a process of its own, and writes the folder
-    library       opens a library with TVM's runtime alone
-    session       the contract of backends.api over a library
+    library, native   opens a library with TVM's runtime alone, and refuses what it is not
+    mlc_library   knows one of MLC-LLM's own by its ABI
+    states, session, instrument   the contract of backends.api over a library
 
 Declared arithmetic, that of the kernels: values between kernels, the residual stream among them, are of the
 model's type (float16 in q*f16_*); inside a kernel, in sums of products and in WKV and its state everything is
@@ -33,6 +34,7 @@ from typing import Any
 
 from backends.api import BackendInfo, Session, Unavailable, Unsupported
 from reference.atomic_write import atomic_folder
+from reference.config import Config
 from reference.errors import CheckpointError
 from reference.numerics import Arithmetic
 from reference.weights import Weights
@@ -98,24 +100,22 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
     if threads is not None and threads < 1:
         raise Unsupported(f"TVM needs at least one CPU thread; {threads} were asked for")
     check()
-    from backends.tvm_mlc import library
-    from backends.tvm_mlc.session import TvmSession
+    from backends.tvm_mlc import library, mlc_library, session
 
     path = library.find(_place(checkpoint, scheme))
     tvm = library.runtime(threads)
-    found = library.open_library(path, tvm.cpu())
+    opened, folder, device = library.open_library(path, tvm.cpu()), path.parent / "params", tvm.cpu()
+    if not opened.ours:
+        found = mlc_library.identify(opened, folder, checkpoint.config, scheme)
+        parameters = library.load_parameters(found, folder, device)
+        mlc_library.try_step(found, parameters, folder, device)
+        named = all(item.tensor for item in found.parameters)
+        return (session.WatchedSession if named else session.TvmSession)(found, parameters, device)
+    found = library.identify(opened)
     if found.scheme != scheme:
         raise Unsupported(f"{path} is compiled for {found.scheme}, not for {scheme}")
-    config = checkpoint.config
-    sizes = ("n_layer", "n_embd", "n_ffn", "n_vocab")
-    other = [
-        f"{name} {getattr(found.config, name)}"
-        for name in sizes
-        if getattr(found.config, name) != getattr(config, name)
-    ]
-    if other:
-        raise CheckpointError(f"{path}: is compiled for another model than {checkpoint.source}: {', '.join(other)}")
-    return TvmSession(found, library.load_parameters(found, path.parent / "params", tvm.cpu()), tvm.cpu())
+    _check_sizes(found.config, checkpoint, path)
+    return session.FullSession(found, library.load_parameters(found, folder, device), device)
 
 
 def compile_model(
@@ -132,6 +132,13 @@ def compile_model(
     check()
     with atomic_folder(folder) as part:
         return export.export(checkpoint, scheme, target, Path(part), rescale_every, cached)
+
+
+def _check_sizes(found: Config, checkpoint: Weights, path: Path) -> None:
+    sizes = ("n_layer", "n_embd", "n_ffn", "n_vocab")
+    other = [f"{n} {getattr(found, n)}" for n in sizes if getattr(found, n) != getattr(checkpoint.config, n)]
+    if other:
+        raise CheckpointError(f"{path}: is compiled for another model than {checkpoint.source}: {', '.join(other)}")
 
 
 def _place(checkpoint: Weights, scheme: str) -> Path:

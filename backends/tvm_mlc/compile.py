@@ -17,6 +17,8 @@ ENTRIES = [
     "prefill",
     "decode",
     "score",
+    "trace_decode",
+    "trace_prefill",
     "create_kv_cache",
     "reset_kv_cache",
     "softmax_with_temperature",

@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ from reference.config import Config
 from reference.converted import derived
 from reference.weights import Weights
 
-#: Raise it when the same weights are compiled into another library.
-EXPORT = 1
+#: Files of this package that neither a library nor its params come from.
+_RUN_TIME = ("__init__.py", "instrument.py", "mlc_library.py", "native.py", "session.py", "states.py")
+
+#: Files of ``reference`` that they come from besides.
+_CODECS = ("codecs_mlc.py", "mlc_params.py")
 
 #: What the compiler said of a library, beside it in the cache.
 _TOLD = "told.json"
@@ -107,7 +112,18 @@ def _compile(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _library_name(scheme: str, target: str, rescale_every: int) -> str:
     rescaled = f"-rescale{rescale_every}" if rescale_every else ""
-    return f"{scheme}-{target}{rescaled}-{_cpu()}-{version('apache-tvm')}-{EXPORT}"
+    return f"{scheme}-{target}{rescaled}-{_cpu()}-{version('apache-tvm')}-{generator()}"
+
+
+@cache
+def generator() -> str:
+    """Hash of the code that generates libraries and params: what other code has made is not taken from the cache."""
+    digest = hashlib.sha256()
+    for package, wanted in (("backends.tvm_mlc", None), ("reference", _CODECS)):
+        for file in sorted(files(package).iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py") and (file.name in wanted if wanted else file.name not in _RUN_TIME):
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _environment() -> dict[str, str]:

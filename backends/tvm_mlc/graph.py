@@ -29,9 +29,10 @@ STATE = ("att_x", "aa", "bb", "pp", "ffn_x")
 
 
 def metadata(config: Config, scheme: str, target: str, rescale_every: int) -> str:
-    """What ``get_metadata`` returns."""
+    """What ``get_metadata`` returns: what MLC-LLM's said, then what ours add."""
+    mlc = {"model_name": "rwkv-4", "max_window_size": -1, "stop_tokens": [0], "add_prefix_space": False}
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_embd", "n_ffn", "n_vocab")}
-    told = {"model_type": ARCHITECTURE, "abi": ABI, "quantization": scheme, "target": target, **sizes}
+    told = {**mlc, "model_type": ARCHITECTURE, "abi": ABI, "quantization": scheme, "target": target, **sizes}
     return json.dumps({**told, "rescale_every": rescale_every, "model_dtype": model_dtype(scheme)})
 
 
@@ -83,6 +84,8 @@ def module(config: Config, scheme: str, kernels: Any, target: str, rescale_every
 def _step(graph: Graph, name: str, rows: Size, logits: str) -> None:
     from tvm import relax, tirx
 
+    from backends.tvm_mlc.graph_trace import traced
+
     config, dtype = graph.config, model_dtype(graph.scheme)
     n: Any = tirx.Var("n", "int64") if rows == "n" else 1
     wanted = parameters(config, graph.scheme)
@@ -94,7 +97,7 @@ def _step(graph: Graph, name: str, rows: Size, logits: str) -> None:
         with graph.builder.dataflow():
             step = Step(graph, rows, n, params, state)
             out, after = step.run(ids, logits)
-            shown = [relax.Tuple([step.shown[point] for point in trace_points(config.n_layer)])] if step.shown else []
+            shown = [relax.Tuple(traced(step, rows, n))] if logits == "trace" else []
             result = graph.builder.emit_output(relax.Tuple([out, relax.Tuple(after), *shown]))
         graph.builder.emit_func_output(result)
 
@@ -102,74 +105,94 @@ def _step(graph: Graph, name: str, rows: Size, logits: str) -> None:
 class Step:
     """One entry point's body, over ``rows`` tokens.
 
-    shown  trace points by name, of a trace; the path to the logits is the same kernels as without one
+    seen  what kernels have put out, by the name of the trace point, or of the matrix where it is its product
     """
 
     def __init__(self, graph: Graph, rows: Size, n: Any, params: Any, state: Any) -> None:
         self.graph, self.rows, self.n = graph, rows, n
-        self.shown: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {}
         self.dtype = model_dtype(graph.scheme)
         self._params, self._state = params, state
         self._index = {(item.tensor, item.part): i for i, item in enumerate(parameters(graph.config, graph.scheme))}
 
     def run(self, ids: Any, logits: str) -> tuple[Any, list[Any]]:
-        """Logits of the last token or of all, and the new state."""
+        """Logits of the last token, or of all where ``logits`` is ``"all"``, and the new state."""
         config, make = self.graph.config, self.graph.kernels
         how = kept("emb.weight", self.graph.scheme)
         table = make.embed(self._name("embed"), self.rows, config.n_vocab, config.n_embd, how, self.dtype)
-        x = self._norm(self._call(table, ids, *self._matrix("emb.weight")), "blocks.0.ln0", 0)
+        x = self._see("emb", self._call(table, ids, *self._matrix("emb.weight")))
+        x = self._norm(x, "blocks.0.ln0", 0)
         after: list[Any] = []
         for i in range(config.n_layer):
             past = [self._emit_item(self._state, 5 * i + row) for row in range(5)]
             x, sums = self._time_mix(x, i, past)
             x, ffn_x = self._channel_mix(x, i, past[4])
             after += [*sums, ffn_x]
-        halvings = config.n_layer // self.graph.rescale_every if self.graph.rescale_every else 0
-        if logits == "last":
-            x, self.rows, self.n = self._last(x), 1, 1
-        x = self._norm(x, "ln_out", halvings)
-        out = self._product(x, "head.weight", config.n_vocab, config.n_embd, out="float32")
-        if logits == "last":
-            out = self._reshape(out, (1, 1, config.n_vocab))
-        return out, after
+        if logits == "trace":
+            self.head(x)
+        if logits == "all":
+            return self.head(x), after
+        x, self.rows, self.n = self._last(x), 1, 1
+        return self._reshape(self.head(x, see=False), (1, 1, config.n_vocab)), after
+
+    def head(self, x: Any, see: bool = True) -> Any:
+        """Logits of the rows of the last residual."""
+        config, every = self.graph.config, self.graph.rescale_every
+        x = self._norm(x, "ln_out", config.n_layer // every if every else 0, see)
+        out = self.product(x, "head.weight", config.n_vocab, config.n_embd, out="float32")
+        return self._see("logits", out) if see else out
 
     def _time_mix(self, x: Any, i: int, past: list[Any]) -> tuple[Any, list[Any]]:
         make, c, at = self.graph.kernels, self.graph.config.n_embd, f"blocks.{i}.att."
         h = self._norm(x, f"blocks.{i}.ln1", self._halvings(i))
-        mus = [self._param(f"{at}time_mix_{channel}") for channel in "kvr"]
-        xk, xv, xr = self._call(make.mix(self._name("mix3"), self.rows, c, self.dtype, "kvr"), h, past[0], *mus)
-        k = self._product(xk, at + "key.weight", c, c)
-        v = self._product(xv, at + "value.weight", c, c)
-        r = self._product(xr, at + "receptance.weight", c, c)
+        xk, xv, xr = self._mix(h, past[0], at, "kvr")
+        k = self._see(at + "k", self.product(xk, at + "key.weight", c, c))
+        v = self._see(at + "v", self.product(xv, at + "value.weight", c, c))
+        r = self._see(at + "receptance", self.product(xr, at + "receptance.weight", c, c))
         rates = [self._param(at + "time_decay"), self._param(at + "time_first")]
-        y, _, *sums = self._call(make.wkv(self._name("wkv"), self.rows, c, self.dtype), k, v, r, *rates, *past[1:4])
-        return self._product(y, at + "output.weight", c, c, "add", x), [self._last(h), *sums]
+        y, raw, *sums = self._call(make.wkv(self._name("wkv"), self.rows, c, self.dtype), k, v, r, *rates, *past[1:4])
+        self._see(at + "wkv", raw)
+        self._see(at + "rwkv", y)
+        x = self._see(at + "residual", self.product(y, at + "output.weight", c, c, "add", x))
+        return x, [self._last(h), *sums]
 
     def _channel_mix(self, x: Any, i: int, past: Any) -> tuple[Any, Any]:
-        config, make, at = self.graph.config, self.graph.kernels, f"blocks.{i}.ffn."
+        config, at = self.graph.config, f"blocks.{i}.ffn."
         c, f = config.n_embd, config.n_ffn
         h = self._norm(x, f"blocks.{i}.ln2", self._halvings(i))
-        mus = [self._param(f"{at}time_mix_{channel}") for channel in "kr"]
-        xk, xr = self._call(make.mix(self._name("mix2"), self.rows, c, self.dtype, "kr"), h, past, *mus)
-        k2 = self._product(xk, at + "key.weight", f, c, "square")
-        r = self._product(xr, at + "receptance.weight", c, c)
+        xk, xr = self._mix(h, past, at, "kr")
+        k2 = self._see(at + "k2", self.product(xk, at + "key.weight", f, c, "square"))
+        r = self._see(at + "receptance", self.product(xr, at + "receptance.weight", c, c))
         every = self.graph.rescale_every
         halve = bool(every) and (i + 1) % every == 0
-        return self._product(k2, at + "value.weight", c, f, "gate", x, r, halve=halve), self._last(h)
+        x = self.product(k2, at + "value.weight", c, f, "gate", x, r, halve=halve)
+        return self._see(at + "residual", x), self._last(h)
+
+    def _mix(self, h: Any, past: Any, at: str, channels: str) -> list[Any]:
+        make, mus = self.graph.kernels.mix, [self._param(f"{at}time_mix_{channel}") for channel in channels]
+        name = self._name(f"mix{len(channels)}")
+        mixed = self._call(make(name, self.rows, self.graph.config.n_embd, self.dtype, channels), h, past, *mus)
+        return [self._see(f"{at}x{channel}", x) for channel, x in zip(channels, mixed)]
+
+    def _see(self, point: str, value: Any) -> Any:
+        self.seen[point] = value
+        return value
 
     def _halvings(self, i: int) -> int:
         return i // self.graph.rescale_every if self.graph.rescale_every else 0
 
-    def _norm(self, x: Any, at: str, halvings: int) -> Any:
+    def _norm(self, x: Any, at: str, halvings: int, see: bool = True) -> Any:
         """LayerNorm of a stream halved so often: its epsilon shrinks with the variance, which makes it the same."""
         eps = LN_EPS / 4.0**halvings
         name = self._name(f"layer_norm{halvings or ''}")
         made = self.graph.kernels.layer_norm(name, self.rows, self.graph.config.n_embd, self.dtype, eps)
-        return self._call(made, x, self._param(at + ".weight"), self._param(at + ".bias"))
+        y = self._call(made, x, self._param(at + ".weight"), self._param(at + ".bias"))
+        return self._see(at, y) if see else y
 
-    def _product(
+    def product(
         self, x: Any, weight: str, n: int, k: int, finish: str = "plain", *more: Any, out: str = "", halve: bool = False
     ) -> Any:
+        """A product with one of the model's matrices, and its epilogue: see :mod:`backends.tvm_mlc.product`."""
         how = kept(weight, self.graph.scheme)
         what = Product(n, k, how, self.dtype, out or self.dtype, finish, halve)
         kind = f"q{how.bits}" if how.bits else how.dtype

@@ -2,46 +2,75 @@
 
 FOLDER/*.so               the library; FOLDER may also be the library's own path
 FOLDER/params/            what :mod:`backends.tvm_mlc.params` reads
+
+A library is ours, and says so in its metadata, or one that MLC-LLM's RWKV-4 gives: :mod:`backends.tvm_mlc.mlc_library`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.tvm_mlc import params
+from backends.tvm_mlc import native, params
 from backends.tvm_mlc.storage import Parameter, parameters
 from reference.config import Config
-from reference.errors import CheckpointError
+from reference.errors import CheckpointError, ConfigError
 
-#: What ``get_metadata`` of a library says it is; one that says otherwise is not loaded.
-ARCHITECTURE, ABI = "rwkv4", 1
+#: What ``get_metadata`` of a library of ours says it is; one that says otherwise is not loaded.
+ARCHITECTURE, ABI = "rwkv4", 2
 
-#: Entry points that a session needs.
-ENTRIES = ("prefill", "decode", "create_kv_cache", "get_metadata")
+#: Entry points that every library has; MLC-LLM's first ones, of June 2023, had no ``prefill``.
+ENTRIES = ("decode", "create_kv_cache", "get_metadata")
+
+#: How MLC-LLM named its RWKV-4 models: rwkv-raven-1b5, RWKV-4-World-3B, rwkv_world.
+NAMES = ("rwkv-", "rwkv_")
 
 #: Of TVM's affinity modes the one that takes all cores of the fastest kind.
 _BIG_CORES = 1
 
+#: What TVM says where a library holds kernels for a device that it was built without.
+_FOREIGN = re.compile(r"load_from_bytes\.(\w+)")
+
 SUFFIXES = (".so", ".dylib", ".dll")
 
 
-class Library(NamedTuple):
-    """An opened library.
+class Opened(NamedTuple):
+    """A library that has been loaded and says that it is RWKV-4.
 
-    vm          TVM's virtual machine over it
-    parameters  what its entry points take, and ``scheme`` what they mean
+    module  TVM's module; more than one virtual machine can be made over it
+    told    its metadata
     """
 
     path: Path
+    module: Any
+    vm: Any
+    told: dict[str, Any]
+
+    @property
+    def ours(self) -> bool:
+        """Whether ``rwkv-bench compile`` made it."""
+        return "abi" in self.told
+
+
+class Library(NamedTuple):
+    """A library that is known to fit its params folder.
+
+    vm          TVM's virtual machine over it
+    parameters  what its entry points take; empty names (``tensor``) where only their order in the folder is known
+    ours        whether it has the entry points that MLC-LLM's have not
+    """
+
+    path: Path
+    module: Any
     vm: Any
     config: Config
     scheme: str
-    target: str
     rescale_every: int
     parameters: list[Parameter]
+    ours: bool
 
 
 def runtime(threads: int | None = None) -> Any:
@@ -69,38 +98,70 @@ def find(place: Path) -> Path:
     return found[0]
 
 
-def open_library(path: Path, device: Any) -> Library:
+def open_library(path: Path, device: Any) -> Opened:
     """Load and identify; raises :class:`CheckpointError` for what is not RWKV-4 with this ABI."""
+    native.check(path)
     tvm = runtime()
+    try:
+        module = tvm.runtime.load_module(os.fspath(path.absolute()))
+        vm = machine(module, device)
+    except Exception as error:  # noqa: BLE001 - what TVM raises has no type of its own
+        other = _FOREIGN.search(str(error))
+        why = f"its kernels are for {other[1]}, which it does not run here" if other else line_of(error)
+        raise CheckpointError(f"{path}: TVM {tvm.__version__} cannot load it: {why}") from None
+    told = _metadata(path, vm)
+    name = str(told.get("model_type", told.get("model_name", "an unnamed architecture")))
+    if name != ARCHITECTURE and not name.lower().startswith(NAMES):
+        raise CheckpointError(f"{path}: is of {name}, not of RWKV-4")
+    missing = [name for name in ENTRIES if not has(vm, name)]
+    if missing:
+        raise CheckpointError(f"{path}: has no {', '.join(missing)}; a library of MLC-LLM's RWKV-4 is expected")
+    return Opened(path, module, vm, told)
+
+
+def machine(module: Any, device: Any) -> Any:
+    """A virtual machine over a loaded library."""
     from tvm.runtime.vm import VirtualMachine
 
+    return VirtualMachine(module, device)
+
+
+def _metadata(path: Path, vm: Any) -> dict[str, Any]:
+    # MLC-LLM's libraries since 2024 have another entry; they are told by it, and have no RWKV-4.
+    entry = next((name for name in ("get_metadata", "_metadata") if has(vm, name)), None)
+    if entry is None:
+        raise CheckpointError(f"{path}: has no get_metadata; a library of MLC-LLM's RWKV-4 is expected")
     try:
-        vm = VirtualMachine(tvm.runtime.load_module(os.fspath(path.absolute())), device)
-    except Exception as error:  # noqa: BLE001 - what TVM raises has no type of its own
-        raise CheckpointError(f"{path}: TVM {tvm.__version__} cannot load it: {_line(error)}") from None
-    missing = [name for name in ENTRIES if not _has(vm, name)]
-    if missing:
-        raise CheckpointError(f"{path}: has no {', '.join(missing)}; a library of MLC-LLM's form is expected")
+        told = json.loads(str(vm[entry]()))
+        if not isinstance(told, dict):
+            raise ValueError(f"{type(told).__name__}, not an object")
+        return told
+    except ValueError as error:
+        raise CheckpointError(f"{path}: what it says of itself cannot be read ({line_of(error)})") from None
+
+
+def identify(opened: Opened) -> Library:
+    """A library of ours, by its metadata. Raises :class:`CheckpointError`."""
+    path, told = opened.path, opened.told
+    if told["abi"] != ABI:
+        raise CheckpointError(f"{path}: has ABI {told['abi']}; {ABI} is expected, compile it anew")
+    if told.get("target") != "llvm":
+        raise CheckpointError(f"{path}: is compiled for {told.get('target')}; the CPU's is llvm")
     try:
-        told = json.loads(str(vm["get_metadata"]()))
-        if told.get("model_type") != ARCHITECTURE:
-            raise CheckpointError(
-                f"{path}: is of {told.get('model_type', 'an unnamed architecture')}, not {ARCHITECTURE}"
-            )
-        if told.get("abi") != ABI:
-            raise CheckpointError(f"{path}: has ABI {told.get('abi')}; {ABI} is expected, compile it anew")
         config = Config(*(int(told[name]) for name in ("n_layer", "n_embd", "n_ffn", "n_vocab")))
-        scheme, rescale = str(told["quantization"]), int(told["rescale_every"])
-        return Library(path, vm, config, scheme, str(told["target"]), rescale, parameters(config, scheme))
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: what it says of itself cannot be read ({_line(error)})") from None
+        scheme = str(told["quantization"])
+        taken = parameters(config, scheme)
+        return Library(path, opened.module, opened.vm, config, scheme, int(told["rescale_every"]), taken, True)
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: what it says of itself cannot be read ({line_of(error)})") from None
 
 
 def load_parameters(library: Library, folder: Path, device: Any) -> Any:
     """The arrays of a params folder on the device, as a library takes them."""
     tvm = runtime()
+    told = params.scheme(folder)
+    if told != library.scheme:
+        raise CheckpointError(f"{folder}: is of {told}, but {library.path.name} is compiled for {library.scheme}")
     tensors = []
     for array in params.read(folder, library.parameters):
         tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
@@ -109,13 +170,15 @@ def load_parameters(library: Library, folder: Path, device: Any) -> Any:
     return tvm.runtime.convert(tensors)
 
 
-def _has(vm: Any, name: str) -> bool:
+def has(vm: Any, name: str) -> bool:
+    """Whether a virtual machine has an entry point."""
     try:
         return vm[name] is not None
     except AttributeError:
         return False
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
+    """The last line of what TVM says, which is the one that tells."""
     lines = str(error).strip().splitlines()
     return lines[-1][:200] if lines else type(error).__name__

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-_TIME_MIX = ("ln1", *(f"att.{point}" for point in "xk xv xr k v r wkv rwkv out residual".split()))
-_CHANNEL_MIX = ("ln2", *(f"ffn.{point}" for point in "xk xr k k2 v r out residual".split()))
+_TIME_MIX = ("ln1", *(f"att.{point}" for point in ["xk", "xv", "xr", "k", "v", "r", "wkv", "rwkv", "out", "residual"]))
+_CHANNEL_MIX = ("ln2", *(f"ffn.{point}" for point in ["xk", "xr", "k", "k2", "v", "r", "out", "residual"]))
 
 #: Points of a layer that are written in units of the residual stream, which ``rescale_every`` halves.
-_OF_THE_STREAM = ("att.out", "att.residual", "ffn.v", "ffn.out", "ffn.residual")
+OF_THE_STREAM = ("att.out", "att.residual", "ffn.v", "ffn.out", "ffn.residual")
 
 
 def trace_points(n_layer: int) -> list[str]:
@@ -20,7 +20,7 @@ def unit(name: str, rescale_every: int) -> float:
 
     ``ffn.residual`` is what the next layer reads, halved already.
     """
-    if not rescale_every or not name.endswith(_OF_THE_STREAM):
+    if not rescale_every or not name.endswith(OF_THE_STREAM):
         return 1.0
     layer = int(name.split(".")[1])
     return 2.0 ** ((layer + name.endswith("ffn.residual")) // rescale_every)

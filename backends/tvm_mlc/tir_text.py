@@ -59,8 +59,11 @@ def lanes_of(size: int, most: int = 16) -> int:
 
 
 def local(name: str, shape: Sequence[int], dtype: str = "float32") -> str:
-    """A buffer that becomes registers."""
-    return f'{name} = T.alloc_buffer(({", ".join(map(str, shape))},), "{dtype}", scope="local")\n'
+    """A buffer of a CPU's thread, which becomes registers or lies on the stack.
+
+    TVM takes memory of other scopes, and what has 1024 bytes or more, from a pool: two calls each time.
+    """
+    return f'{name} = T.alloc_buffer(({", ".join(map(str, shape))},), "{dtype}")\n'
 
 
 def f32(text: str, dtype: str) -> str:

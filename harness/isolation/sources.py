@@ -15,7 +15,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from backends.api import Unavailable
+from backends.api import Session, Unavailable, Unsupported
 from reference.checkpoint import load_checkpoint
 from reference.synthetic import synthetic
 from reference.weights import Weights
@@ -25,6 +25,24 @@ def optional(module: ModuleType, name: str, *arguments: Any) -> Any:
     """What an optional function of a backend module returns; ``None`` where there is none."""
     function = getattr(module, name, None)
     return None if function is None else function(*arguments)
+
+
+def loaded(
+    module: ModuleType,
+    weights: Weights,
+    scheme: str,
+    device: str,
+    threads: int | None,
+    change: Mapping[str, Any] | None = None,
+) -> Session:
+    """What ``load`` of a backend module returns, or ``adjust`` for a change of arithmetic; raises Unsupported."""
+    if not change:
+        session: Session = module.load(weights, scheme, device, threads)
+        return session
+    if not hasattr(module, "adjust"):
+        raise Unsupported(f"{module.INFO.name} has no adjust(): its arithmetic cannot be changed")
+    adjusted: Session = module.adjust(weights, scheme, device, threads, change)
+    return adjusted
 
 
 def backend_of(named: Mapping[str, str]) -> ModuleType:

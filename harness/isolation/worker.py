@@ -31,7 +31,7 @@ from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, U
 from harness.isolation import lifeline
 from harness.isolation.frames import Channel, ChannelClosed, sendable
 from harness.isolation.placement import parse, pin
-from harness.isolation.sources import backend_of, optional, weights_of
+from harness.isolation.sources import backend_of, loaded, optional, weights_of
 from harness.measure import (
     MeasureError,
     measure_decode,
@@ -115,6 +115,7 @@ class Worker:
         device: str,
         threads: int | None,
         cpus: str | None,
+        change: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Load a model into a backend; times and memory are taken here."""
         placed = pin(None if cpus is None else parse(cpus))
@@ -124,7 +125,7 @@ class Worker:
         optional(module, "prepare", weights, scheme, device)  # finds what do_prepare left in the cache
         self.tell("loading")
         self._span = MemorySpan()
-        self._session, load_ns = timed_load(lambda: module.load(weights, scheme, device, threads))
+        self._session, load_ns = timed_load(lambda: loaded(module, weights, scheme, device, threads, change))
         version = optional(module, "version")
         return {
             "version": None if version is None else str(version),

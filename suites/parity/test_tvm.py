@@ -154,7 +154,7 @@ def test_every_target_that_is_generated(target: str, tmp_path: Path) -> None:
     kind = {"webgpu": "WebAssembly", "metal": "Mach-O", "metal_x86_64": "Mach-O", "iphone": "Mach-O"}.get(target)
     if kind is not None or target == "android":
         assert set(objects(library)) == {kind or "ELF"}
-    assert "7 entry points" in lines[-1]
+    assert "9 entry points" in lines[-1]
     source = [file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix in SOURCES.values()]
     assert len(source) == int(wanted.gpu)
     assert all("wkv_n_kernel" in text and "softmax_kernel" in text for text in source)
@@ -201,17 +201,17 @@ def test_a_library_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     index.write_text(json.dumps(whole))
     opens("param_3 is float32 .*, but the library takes float16")
     index.write_text("{")
-    opens("not an index of arrays")
+    opens("is not JSON")
     shard = out / "params" / "params_shard_0.bin"
     index.unlink()
-    opens("holds ndarray-cache.json and its shards")
+    opens("holds ndarray-cache.json, its shards")
     whole["records"][0]["records"][3]["dtype"] = "float16"
     index.write_text(json.dumps(whole))
     shard.write_bytes(shard.read_bytes()[:-1])
     opens("is truncated")
     library = next(out.glob("*.so"))
     library.write_bytes(b"not a library")
-    opens("cannot load it")
+    opens("is no library of any system")
     library.unlink()
     opens("no library of TVM is there")
 
@@ -241,7 +241,7 @@ def test_parameters_are_the_codec_s(scheme: str, tmp_path: Path) -> None:
     params.write(tmp_path, iter(written), params.chat_config(weights, scheme), "memory")
     wanted = parameters(weights.config, scheme)
     assert [item for item, _ in written] == wanted
-    stored = {item.name: array for item, array in zip(wanted, params.read(tmp_path, wanted), strict=True)}
+    stored = {item.key: array for item, array in zip(wanted, params.read(tmp_path, wanted), strict=True)}
     for name, tensor in apply(weights, scheme).items():
         form = codec_of(scheme).format(name)
         expected = -np.exp(tensor.array()) if name.endswith("time_decay") else tensor.array()

@@ -34,6 +34,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "harness/cli.py": ("reports",),  # the entry point joins measuring and reporting
     "harness/isolation/archive.py": ("backends",),  # ships the package, imports nothing of it
     "harness/isolation/worker.py": ("backends",),  # checks where it comes from
+    "reports/heatmap.py": ("matplotlib",),
     "reference/tokenizer_pile.py": ("tokenizers",),
     "backends/numpy_reference.py": ("threadpoolctl",),
     # Loaded by load() only; test_no_runtime_at_import holds the modules themselves to that.

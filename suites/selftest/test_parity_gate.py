@@ -371,6 +371,8 @@ def test_the_first_bad_trace_point_is_named() -> None:
     point = first_bad_point(Traced(WEIGHTS, "clean"), WEIGHTS, Arithmetic(), tokens)
     assert point is not None
     assert point.name == "blocks.1.ffn.k2"
+    assert point.error is not None
+    assert point.bound is not None
     assert point.error > point.bound
     assert first_bad_point(faulty.FaultySession(WEIGHTS, "clean"), WEIGHTS, Arithmetic(), tokens) is None
     assert first_bad_point(NumpySession(WEIGHTS, None), WEIGHTS, Arithmetic(), tokens) is None

@@ -58,14 +58,16 @@ def full() -> Row:
         bound=0.75,
         first_bad={"check": "x", "where": [1, 2]},
         checks=[{"check": "x", "error": 0.5}],
+        part="kernel",
+        quality={"text": "x", "positions": 4},
     )
 
 
 def test_the_fields_are_those_of_the_format() -> None:
     text = """kind run time hardware hardware_detail backend backend_version model model_sha256 synthetic config
-    scheme scheme_class arithmetic device threads isolated cpus driver workload metric unit value interval samples
+    scheme scheme_class arithmetic device threads isolated cpus driver workload metric part unit value interval samples
     peak_bytes weight_bytes roofline_fraction stopped command verdict reason error bound first_bad
-    checks"""
+    checks quality"""
     assert [name for name in FIELDS if name not in ("steps", "statistic")] == text.split()
     assert SCHEMA == 1
     assert KINDS == ("measured", "recorded", "published", "predicted")

@@ -1,0 +1,160 @@
+"""``rwkv-bench localize``: where a backend goes wrong, why, and what helps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from harness.status import FAILED, PASSED
+from reference.errors import InputError
+
+if TYPE_CHECKING:
+    from harness.localize.bench import Bench
+    from harness.localize.finding import Finding
+    from harness.localize.heatmap import Grid
+    from harness.models import Model
+    from harness.plan import Cell
+
+HELP = "first wrong result of a backend, its cause, and a fix that was tried"
+
+EXAMPLES = """\
+examples:
+  rwkv-bench localize --backend torch --quant fp16 --model RWKV-4-World-1.5B.pth
+  rwkv-bench localize --backend torch --quant fp16 --prompt "Hello, world"
+  rwkv-bench localize --backend rwkv.cpp --quant Q4_0 --method state
+  rwkv-bench localize --backend mine.py --heat-map where.png
+  rwkv-bench localize --backend torch --quant bf16 --drift 10000
+
+Methods: trace compares what the backend shows of every operation, state its
+recurrent state, truncation the logits of the first k layers. The backend
+runs in a process of its own, so that one that crashes loses nothing.
+"""
+
+FORMATS = ("table", "json")
+
+#: Length of the prompt where none is given; the bound needs at least 32 positions.
+DEFAULT_TOKENS = 48
+
+Say = Callable[[str], None]
+Result = TypeVar("Result")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command; processes and output are added by :mod:`harness.options`."""
+    group = parser.add_argument_group("what to look at")
+    group.add_argument("--backend", required=True, metavar="NAME", help="a name or a .py file")
+    group.add_argument("--model", default="tiny", metavar="NAME", help="tiny (default), a preset or a path")
+    group.add_argument("--quant", metavar="NAME", help="scheme or class (default: the backend's first)")
+    group.add_argument("--device", default="cpu", metavar="NAME", help="(default cpu)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per core; 1 if small)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompt and of synthetic weights")
+    prompt = parser.add_argument_group("on which prompt (default: the parity gate's)").add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="a text; - reads standard input")
+    prompt.add_argument("--tokens", metavar="IDS", help="token ids, 510,46,17")
+    prompt.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help=f"length of the gate's (default {DEFAULT_TOKENS})"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--method", choices=("trace", "state", "truncation"), help="(default: the best there is)")
+    how.add_argument("--no-fix", dest="fix", action="store_false", help="do not look for a fix")
+    how.add_argument("--drift", type=int, metavar="N", help="instead: errors against position, up to N tokens")
+    how.add_argument("--heat-map", metavar="FILE.png", help="also: depth x operation as a picture (matplotlib)")
+
+
+class Broke(Exception):
+    """The backend crashed, hung or raised where nobody watched it; one line."""
+
+
+class Report(NamedTuple):
+    """What the command gives: the document of ``--format``, the exit status, and what a picture is drawn of."""
+
+    document: str
+    code: int
+    title: str
+    grid: Grid | None
+
+
+def run(arguments: argparse.Namespace, say: Say, kind: str) -> Report:
+    """Localize in one backend. Raises InputError, Unavailable, Unsupported, and Broke."""
+    from harness.asked import only_cell
+    from harness.localize.heatmap import grid
+    from harness.localize.report import as_json, as_text
+    from harness.models import open_model
+
+    _check(arguments, kind)
+    cell = only_cell(argparse.Namespace(**{**vars(arguments), "tokens": 1}))
+    model = open_model(cell.model, arguments.seed)
+    if arguments.drift is not None:
+        return _drifted(cell, model, arguments, say, kind)
+    tokens = _tokens(model, arguments)
+    finding = _localized(cell, model, tokens, arguments, say)
+    about = {**_about(cell, model), "prompt_tokens": len(tokens)}
+    document = as_json(finding, about) if kind == "json" else as_text(finding, about, _text(model, finding.prompt))
+    title = f"{cell.backend} {cell.scheme}, {model.name}: {finding.verdict}"
+    return Report(document, PASSED if finding.verdict == "clean" else FAILED, title, grid(finding.history))
+
+
+def _localized(cell: Cell, model: Model, tokens: list[int], arguments: argparse.Namespace, say: Say) -> Finding:
+    from backends.api import Unavailable, Unsupported
+    from backends.index import load_backend
+    from harness.localize import localize
+    from harness.names import one_line
+
+    info = load_backend(cell.backend).INFO
+    arithmetic = info.arithmetic(cell.scheme, cell.hardware.device)
+    opener, options = bench(cell, model, arguments), {"method": arguments.method, "fix": arguments.fix}
+    try:
+        return localize(
+            opener, model.weights, cell.scheme, arithmetic, tokens, cache_key=model.sha256, tell=say, **options
+        )
+    except (InputError, Unavailable, Unsupported):
+        raise
+    except Exception as error:
+        raise Broke(f"{cell.backend} {cell.scheme}: {type(error).__name__}: {one_line(str(error))}") from error
+
+
+def bench(cell: Cell, model: Model, arguments: argparse.Namespace) -> Bench:
+    """Opens the cell's backend over any weights, in a process of its own unless ``--in-process``."""
+    from harness.localize.bench import Bench
+    from harness.session import Apart
+
+    isolate = arguments.isolate is not False
+    apart = Apart(arguments.timeout, arguments.cpus) if isolate else None
+    return Bench(cell.backend, cell.scheme, cell.hardware.device, cell.threads, isolate, apart, model)
+
+
+def _check(arguments: argparse.Namespace, kind: str) -> None:
+    if kind not in FORMATS:
+        raise InputError(f"localize has --format {' or '.join(FORMATS)}, not {kind}")
+    for name, least in (("threads", 1), ("prompt_tokens", 1), ("drift", 2), ("seed", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; at least {least} is needed")
+
+
+def _tokens(model: Model, arguments: argparse.Namespace) -> list[int]:
+    from harness.models import gate_tokens
+
+    if arguments.tokens is not None:
+        words = [word.strip() for word in arguments.tokens.split(",") if word.strip()]
+        if not all(word.isascii() and word.isdigit() for word in words):
+            raise InputError(f"--tokens {arguments.tokens[:40]!r}: token ids such as 510,46,17 are needed")
+        ids = [int(word) for word in words]
+    elif arguments.prompt is not None:
+        data = sys.stdin.buffer.read() if arguments.prompt == "-" else arguments.prompt.encode()
+        ids = [int(i) for i in model.tokenizer().encode(data)]
+    else:
+        return gate_tokens(model, arguments.prompt_tokens or DEFAULT_TOKENS, arguments.seed)
+    if not ids:
+        raise InputError("the prompt is empty; at least one token is needed")
+    return ids
+
+
+def _text(model: Model, ids: tuple[int, ...]) -> str:
+    """The prompt as text, where the tokenizer is at hand."""
+    try:
+        return model.tokenizer().decode(ids) if ids else ""
+    except InputError:
+        return ""

@@ -1,0 +1,130 @@
+"""``rwkv-bench quality``: its options, and what they ask for. Light to import, as every module of options is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.cell_rows import Job
+    from harness.plan import Request
+    from harness.quality.work import Asked
+
+HELP = "perplexity, KL divergence, top-1 agreement against the fp32 weights"
+
+EXAMPLES = """\
+examples:
+  rwkv-bench quality                     every usable cell, small model
+  rwkv-bench quality --backend numpy --quant int4,int8
+  rwkv-bench quality --model RWKV-4-169M.pth --text wiki.txt --tokens 16384
+  rwkv-bench quality --model RWKV-4-169M.pth --data lambada_test.jsonl
+  rwkv-bench quality --context 0         one run, state carried through
+
+what is shown:
+  KL       from the fp32 weights to the system, nat a token; of that
+  weights  what storing the weights does, whoever computes
+  kernel   how far the backend is from what those stored weights give
+Intervals are of 95 %, over segments of the text; docs/quality.md says how.
+"""
+
+#: A segment below this has no context; fewer positions than two segments have no interval.
+LEAST_CONTEXT, LEAST_TOKENS, MOST_TOKENS, MOST_DOCUMENTS = 16, 32, 1 << 24, 1 << 20
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes; what to run and where results go are added by :mod:`harness.options`."""
+    group = parser.add_argument_group("on what")
+    group.add_argument("--text", metavar="FILE", help="plain text (default: the embedded model's held-out text)")
+    group.add_argument(
+        "--tokens", type=_whole(LEAST_TOKENS, MOST_TOKENS), default=4096, metavar="N", help="positions (default 4096)"
+    )
+    group.add_argument(
+        "--context",
+        type=_context,
+        default=128,
+        metavar="N",
+        help="in segments of N, spread over the text (default 128); 0: one run from its beginning",
+    )
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        help='LAMBADA, {"text": ...} a line (default: lambada_test.jsonl beside the checkpoint)',
+    )
+    group.add_argument(
+        "--documents", type=_whole(2, MOST_DOCUMENTS), default=500, metavar="N", help="of LAMBADA (default 500)"
+    )
+    group.add_argument("--tokenizer", metavar="FILE", help="bytes, world, pile or a file (default: beside the model)")
+    # What the request of `run` says of timing is not asked here.
+    parser.set_defaults(quick=False, prompt_tokens=None, decode_tokens=None, repeats=None)
+
+
+def asked(arguments: argparse.Namespace) -> Asked:
+    """On what to measure. Raises InputError for files that are not there and sizes that do not go together."""
+    from harness.quality.work import Asked
+    from reference.errors import InputError
+
+    if arguments.context and arguments.tokens < 2 * arguments.context:
+        raise InputError(
+            f"--tokens {arguments.tokens} are fewer than two segments of {arguments.context}; "
+            "an interval needs two: more --tokens or a shorter --context"
+        )
+    for option in ("text", "data"):
+        path = getattr(arguments, option)
+        if path is not None and not os.path.exists(path):
+            raise InputError(f"--{option} {path}: no such file")
+    return Asked(
+        text=arguments.text,
+        tokens=arguments.tokens,
+        context=arguments.context,
+        data=arguments.data,
+        documents=arguments.documents,
+        tokenizer=arguments.tokenizer,
+    )
+
+
+def requested(arguments: argparse.Namespace) -> Request:
+    """The cells; their workload is one call over the text."""
+    from harness.asked import requested as requested_cells
+    from harness.measure import Workload
+    from harness.quality.baseline import MOST_POSITIONS
+
+    return replace(requested_cells(arguments), workload=Workload(min(arguments.tokens, MOST_POSITIONS), 0))
+
+
+def job(request: Request, wanted: Asked) -> Job:
+    """What to do with each cell, and how it is asked for again."""
+    from harness.cell_rows import Job
+    from harness.run import new_run_id
+
+    words = ["--tokens", str(wanted.tokens), "--context", str(wanted.context), "--documents", str(wanted.documents)]
+    for name, value in (("text", wanted.text), ("data", wanted.data), ("tokenizer", wanted.tokenizer)):
+        words += [f"--{name}", value] if value is not None else []
+    return Job(request, None, new_run_id(), ("quality", *words))
+
+
+def refuse_phones(arguments: argparse.Namespace) -> None:
+    """Raise Unsupported for a phone: its program prints speeds and no logits."""
+    from backends.api import Unsupported
+    from harness.phone_runs import phones_of
+
+    phones = phones_of(arguments.hardware)
+    if phones:
+        raise Unsupported(f"phone {phones[0].name}: its program shows no logits, so there is no quality to measure")
+
+
+def _context(text: str) -> int:
+    if text == "0":
+        return 0
+    return _whole(LEAST_CONTEXT, MOST_TOKENS)(text)
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or len(text) > 20 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return check

@@ -1,0 +1,171 @@
+"""Where a backend goes wrong, why, and what helps.
+
+weights      NaN in the checkpoint is nobody's fault but its own
+judged       what of the backend fails: the checks of the parity gate
+place        by trace points, by the recurrent state, or by checkpoints of the first k layers
+prompt       the shortest that fails
+cause, fix   what explains it, and a change that was tried
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from backends.api import Unavailable, Unsupported
+from harness.budget import hold
+from harness.localize import places
+from harness.localize.answer import operation_of
+from harness.localize.bad_weights import bad_weights
+from harness.localize.case import Case, Located
+from harness.localize.evidence import Opener
+from harness.localize.finding import CLEAN, LOGITS, STATE, TRACE, TRUNCATION, Finding, Fix, Seen
+from harness.localize.held import Held, from_backend
+from harness.localize.prompt import shortest
+from harness.parity import Gate, gate
+from harness.tolerance import K, derive
+from reference.forward import Tokens, check_tokens, forward
+from reference.numerics import Arithmetic
+from reference.schemes import apply
+from reference.weights import Weights
+
+METHODS: dict[str, Callable[[Case, Held, Gate], places.Looked]] = {
+    TRACE: places.by_trace,
+    STATE: places.by_state,
+    TRUNCATION: places.by_truncation,
+}
+
+
+def localize(
+    opener: Opener,
+    weights: Weights,
+    scheme: str,
+    arithmetic: Arithmetic,
+    tokens: Tokens,
+    *,
+    method: str | None = None,
+    fix: bool = True,
+    cache_key: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Finding:
+    """The first wrong result of a backend over one prompt, its cause, and a fix.
+
+    opener     opens the backend over the weights it is given; over ``weights`` first
+    scheme, arithmetic  as the backend declares them
+    tokens     the prompt, from the initial state; bounds need at least 32 tokens
+    method     ``trace``, ``state`` or ``truncation``; ``None``: the best that the backend allows
+    fix        whether to look for one
+    cache_key  content hash of ``weights``, under which truth is kept
+
+    Raises Unsupported where ``method`` is not to be had, TokenError for an empty prompt, and whatever the backend
+    raises where it cannot be opened or does not run even unwatched.
+    """
+    ids = check_tokens(tokens, weights.config.n_vocab)
+    tell(f"the weights as {scheme} stores them")
+    stored = hold(apply(weights, scheme))
+    bad = bad_weights(weights, stored, scheme)
+    if bad is not None:
+        return bad
+    tell("deriving the bound")
+    truth = derive(weights, scheme, arithmetic, ids, cache_key)
+    case = Case(opener, weights, stored, scheme, arithmetic, ids, truth, tell)
+    with Held(opener, weights) as held:
+        tell("judging")
+        judged = gate(held.session, truth)
+        found = places.malformed(case, judged) or _place(case, held, judged, method)
+        if isinstance(found, Finding):
+            return found
+        prompt = _prompt(case, held, judged)
+    finding = replace(found.finding, prompt=prompt)
+    finding = replace(finding, cause=found.cause) if found.cause else _explained(case, found, finding)
+    return replace(finding, fix=_fix(case, finding, found) if fix else None)
+
+
+def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located | Finding:
+    """Where it is, by the first method that sees it; a finding of nothing where nothing is wrong."""
+    notes: list[str] = []
+    history: tuple[Seen, ...] = ()
+    used, watched = "", ""
+    for name in [method] if method else METHODS:
+        try:
+            looked = METHODS[name](case, held, judged)
+        except (Unavailable, Unsupported):
+            raise
+        except Exception as error:
+            if method or not from_backend(error):
+                raise
+            held.drop(error)
+            notes.append(f"{name}: it broke while watched: {type(error).__name__}: {error}")
+            continue
+        watched = watched or looked.watched
+        if looked.why and method:
+            raise Unsupported(f"--method {method}: {looked.why}")
+        if looked.located is not None:
+            finding = looked.located.finding
+            finding = replace(finding, watched=watched, notes=(*finding.notes, *looked.notes, *notes))
+            return replace(looked.located, finding=finding)
+        notes += [f"{name}: {looked.why or 'all that it shows is right'}", *looked.notes]
+        if not looked.why:
+            history, used = history or looked.history, used or name
+        if judged.passed and not looked.why:
+            break
+    if judged.passed:
+        return Finding(CLEAN, used or LOGITS, history=history, watched=watched, notes=tuple(notes[:-1]))
+    found = places.by_logits(case, held, judged, tuple(notes))
+    return replace(found, finding=replace(found.finding, watched=watched, history=history))
+
+
+def _prompt(case: Case, held: Held, judged: Gate) -> tuple[int, ...]:
+    """The shortest prompt that fails as the whole one does: in one call, else token by token."""
+    failing = {check.name for check in judged.logits if not check.passed and "returned" not in (check.problem or "")}
+    if not failing & {"decode", "prefill"}:
+        return ()
+    singly = "prefill" not in failing
+    case.tell("the shortest failing prompt")
+
+    def fails(tokens: Sequence[int]) -> bool:
+        return not _right(held, case, tokens, singly)
+
+    if not fails(case.ids):  # it fails at an earlier token only, or not every time
+        return ()
+    return shortest(fails, case.ids)[0]
+
+
+def _right(held: Held, case: Case, tokens: Sequence[int], singly: bool) -> bool:
+    state = None
+    session = held.session
+    for token in [[token] for token in tokens] if singly else [list(tokens)]:
+        logits, state = session.forward(token, state)
+    if not np.isfinite(logits).all():
+        return False
+    expected, _ = forward(case.stored, tokens, dtype=np.float64)
+    error = float(np.sqrt(np.mean(np.square(logits - expected)))) / case.truth.unit
+    return bool(error <= K * case.truth.e_worst)
+
+
+def _explained(case: Case, found: Located, finding: Finding) -> Finding:
+    """With its cause, and with the operation that the cause is about where the method could not tell it."""
+    from harness.localize.cause import explain
+
+    case.tell("the cause")
+    try:
+        cause = explain(found.evidence)
+    except (ArithmeticError, LookupError, ValueError) as error:  # the place is worth more than why
+        return replace(finding, cause=f"not found: {type(error).__name__}: {error}")
+    finding = replace(finding, cause=str(cause))
+    point = operation_of(case, finding.span, cause) if finding.span else None
+    if point is None:
+        return finding
+    layer = int(point.split(".")[1]) if point.startswith("blocks.") else None
+    note = f"{finding.point} is all that {finding.method} tells; that the cause reproduces it names the operation"
+    layer = 0 if point == "blocks.0.ln0" else layer
+    return replace(finding, point=point, layer=layer, span=(), notes=(*finding.notes, note))
+
+
+def _fix(case: Case, finding: Finding, found: Located) -> Fix | None:
+    from harness.localize.fix import find_fix
+
+    case.tell("a fix")
+    return find_fix(finding, found.evidence, case.opener, case.tell)

@@ -1,0 +1,251 @@
+"""The smallest change that restores parity: chosen by emulation, applied to the backend itself, judged again.
+
+In the order of what they cost:
+
+    float32 for the fewest operations, or a stream that is halved on its way   the backend's own ``adjust``
+    powers of two moved between the checkpoint's tensors                       any backend
+    another scheme that the backend offers                                     nearest in bytes first
+
+The first that passes the gate on the real backend is the answer. One that only emulation has seen is told as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from backends.api import Session, Unavailable, Unsupported
+from harness.compare import logits_error
+from harness.hardware import available_bytes
+from harness.isolation.child import ChildDied, ChildTimedOut
+from harness.isolation.remote import RemoteError
+from harness.localize.bench import Bench
+from harness.localize.cost import cost
+from harness.localize.evidence import Evidence, Opener
+from harness.localize.finding import CLEAN, NON_FINITE, Finding, Fix
+from harness.localize.magnitudes import Peak, measure
+from harness.localize.rescaled import describe, rescaling
+from harness.localize.whatif import Outcome, emulate, excess, layer_ranges, mixed, patterns, smallest_set
+from harness.measure import MeasureError
+from harness.parity import Gate, gate
+from harness.session import Opened
+from harness.tolerance import K, Truth, derive
+from reference.mixed import Mixed
+from reference.numerics import Arithmetic
+from reference.schemes import apply, stored_bytes
+from reference.weights import Weights
+
+Tell = Callable[[str], None]
+
+#: ``rescale_every`` as ChatRWKV has it.
+RESCALE_EVERY = 6
+
+#: Real sessions that are opened and judged before the search ends.
+_MOST_TRIED = 5
+
+#: What a runtime may end a try with; the next one is then tried.
+_ENDS = (Unavailable, Unsupported, ChildDied, ChildTimedOut, RemoteError, RuntimeError, ValueError, OSError)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to try.
+
+    what        in words
+    arithmetic  what the changed backend computes in, which its bound follows from
+    change      for ``adjust``; ``scheme``: another one; ``weights``: another checkpoint; each if it is that
+    confirmed   what emulation said, where it was asked
+    """
+
+    what: str
+    arithmetic: Arithmetic | Mixed
+    change: Mapping[str, Any] = field(default_factory=dict)
+    scheme: str | None = None
+    weights: Weights | None = None
+    confirmed: Outcome | None = None
+
+
+def find_fix(
+    finding: Finding, evidence: Evidence, opener: Opener | Bench, tell: Tell = lambda text: None
+) -> Fix | None:
+    """Try changes until one restores parity; ``None`` where nothing was wrong or nothing helps.
+
+    ``opener``: a :class:`Bench` can be opened with another scheme or arithmetic and is timed; any other only over
+    another checkpoint.
+    """
+    if finding.verdict == CLEAN or evidence.stored.non_finite or evidence.original.non_finite:
+        return None
+    seen: Fix | None = None
+    notes: list[str] = []
+    for tried, change in enumerate(changes(finding, evidence, opener, tell)):
+        if tried == _MOST_TRIED:
+            break
+        try:
+            if change.change and not (isinstance(opener, Bench) and opener.adjustable):
+                raise Unsupported("the backend's arithmetic cannot be changed from here")
+            tell(f"trying {change.what}")
+            judged = _judge(change, evidence, opener)
+        except _ENDS as error:
+            notes.append(f"{change.what}: {error}")
+            if seen is None and change.confirmed is not None and change.confirmed.finite:
+                seen = Fix(change.what, False)
+            continue
+        if judged.passed:
+            found = _cost(change, evidence, opener, tell)
+            return Fix(change.what, True, found, "; ".join(notes))
+        notes.append(f"{change.what}: {judged.first_bad}")
+    return seen and replace(seen, note="only emulated; " + "; ".join(notes))
+
+
+def changes(finding: Finding, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> Iterator[Change]:
+    """What may help, cheapest first; nothing that emulation already sees fail."""
+    usual, config = evidence.arithmetic, evidence.stored.config
+    tell("measuring magnitudes")
+    peaks = measure(evidence.stored, evidence.tokens, inner="fp32" not in (usual.accumulation, usual.wkv))
+    over = excess(peaks, usual, config)
+    if over:
+        yield from _against_overflow(evidence, usual, peaks, opener, tell)
+    elif isinstance(opener, Bench) and opener.adjustable and finding.point is not None and finding.point in peaks:
+        kept = mixed(usual, [finding.point])
+        yield Change(f"{finding.point} in fp32", kept, {"fp32": [finding.point]})
+    yield from _rescaled(evidence, over or _suspected(finding, peaks))
+    if isinstance(opener, Bench):
+        yield from _other_schemes(evidence, opener, peaks)
+
+
+def _against_overflow(
+    evidence: Evidence, usual: Arithmetic, peaks: Mapping[str, Peak], opener: Opener | Bench, tell: Tell
+) -> Iterator[Change]:
+    """For a backend with ``adjust``, or in emulation alone: the smallest set in fp32, and rescaling where it helps."""
+    stored, tokens = evidence.stored, evidence.tokens
+    plain = dict(excess(peaks, usual, stored.config))
+    halved = excess(peaks, Mixed(usual, (), RESCALE_EVERY), stored.config)
+    options = [0, *([RESCALE_EVERY] if set(halved) < set(plain) else [])]
+    for n in sorted(options, reverse=not halved):  # halving alone is cheaper than float32 anywhere
+        keep, outcome = smallest_set(stored, tokens, usual, peaks, n, tell)
+        if not outcome.finite:
+            continue
+        listed = list(patterns(keep, stored.config.n_layer))
+        change: dict[str, Any] = {"fp32": listed} if listed else {}
+        if n:
+            change["rescale_every"] = n
+        yield Change(named(listed, n), mixed(usual, listed, n), change, confirmed=outcome)
+
+
+def named(listed: list[str], rescale_every: int) -> str:
+    """``ffn.k2 of layer 3 in fp32, rescale_every 6``."""
+    layers: dict[str, list[int]] = {}
+    for pattern in listed:
+        parts = pattern.split(".", 2)
+        layers.setdefault(parts[-1] if len(parts) == 3 else pattern, [])
+        if len(parts) == 3 and parts[1].isdigit():
+            layers[parts[2]].append(int(parts[1]))
+    by_layers: dict[str, list[str]] = {}
+    for name, at in layers.items():
+        plural = "s" if len(at) > 1 else ""
+        everywhere = " of every layer" if f"blocks.*.{name}" in listed else ""
+        by_layers.setdefault(f" of layer{plural} {layer_ranges(at)}" if at else everywhere, []).append(name)
+    words = [", ".join(names) + where for where, names in by_layers.items()]
+    told = [f"{describe(words, 4)} in fp32"] if words else []
+    return ", ".join([*told, *([f"rescale_every {rescale_every}"] if rescale_every else [])])
+
+
+def _suspected(finding: Finding, peaks: Mapping[str, Peak]) -> dict[str, float]:
+    """Where the declared arithmetic does not overflow but the backend does: what brings that point far down."""
+    if finding.verdict != NON_FINITE or finding.point is None or finding.point not in peaks:
+        return {}
+    return {finding.point: 2.0**4}
+
+
+def _rescaled(evidence: Evidence, over: Mapping[str, float]) -> Iterator[Change]:
+    """The same function by other weights, where emulation agrees that it overflows no more."""
+    found = rescaling(evidence.original.config, over) if over else None
+    if found is None:
+        return
+    weights = found.apply(evidence.original)
+    outcome = emulate(apply(weights, evidence.scheme), evidence.tokens, evidence.arithmetic)
+    if outcome.finite:
+        what = f"the checkpoint rescaled: {describe(found.told)}"
+        yield Change(what, evidence.arithmetic, weights=weights, confirmed=outcome)
+
+
+def _other_schemes(evidence: Evidence, bench: Bench, peaks: Mapping[str, Peak]) -> Iterator[Change]:
+    """Those whose arithmetic holds the model's values, of about the same size first."""
+    config = evidence.original.config
+    size = stored_bytes(config, evidence.scheme)
+
+    def distance(scheme: str) -> float:
+        return abs(stored_bytes(config, scheme) - size)
+
+    fits = [
+        name
+        for name, arithmetic in bench.schemes.items()
+        if name != evidence.scheme and not excess(peaks, arithmetic, config)
+    ]
+    for scheme in sorted(fits, key=distance)[:2]:
+        arithmetic = bench.schemes[scheme]
+        yield Change(f"scheme {scheme} ({arithmetic})", arithmetic, scheme=scheme)
+
+
+def _judge(change: Change, evidence: Evidence, opener: Opener | Bench) -> Gate:
+    """The gate on the changed backend, under the bound of what it then computes in."""
+    scheme = change.scheme or evidence.scheme
+    weights = change.weights or evidence.original
+    # derive() asks an arithmetic only for its type of activations and for the forward pass in it.
+    truth = derive(weights, scheme, cast(Arithmetic, change.arithmetic), evidence.tokens)
+    if change.weights is not None:
+        _check_same_function(truth, evidence, scheme)
+    with _opened(opener, weights, change) as session:
+        return gate(session, truth)
+
+
+def _check_same_function(truth: Truth, evidence: Evidence, scheme: str) -> None:
+    """Rescaled weights are the same function but for eps and subnormal weights; raises ValueError where these show."""
+    original = derive(evidence.original, scheme, evidence.arithmetic, evidence.tokens, evidence.original.key or None)
+    error = logits_error(truth.logits, original.logits).rms
+    if not error <= K * truth.e_rms:
+        raise ValueError(f"the rescaled checkpoint is another function: logits off by {error:.1e} of their spread")
+
+
+@contextmanager
+def _opened(opener: Opener | Bench, weights: Weights, change: Change) -> Iterator[Session]:
+    if isinstance(opener, Bench):
+        with _bench(opener, weights, change) as opened:
+            yield opened.session
+    else:
+        with opener(weights) as session:
+            yield session
+
+
+@contextmanager
+def _bench(bench: Bench, weights: Weights, change: Change) -> Iterator[Opened]:
+    with bench.open(weights, change.scheme, change.change or None) as opened:
+        yield opened
+
+
+def _cost(change: Change, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> float | None:
+    """Decode speed with the change over that without it.
+
+    ``None`` where the backend cannot be timed here: no :class:`Bench`, no memory for both, or it breaks the timing.
+    """
+    if not isinstance(opener, Bench) or not _both_fit(change, evidence):
+        return None
+    tell("measuring what it costs")
+    prompt = [int(token) for token in evidence.tokens]
+    try:
+        with (
+            opener.open(evidence.original) as before,
+            _bench(opener, change.weights or evidence.original, change) as after,
+        ):
+            return cost(before, after, prompt)
+    except (*_ENDS, MeasureError):  # the fix is verified all the same
+        return None
+
+
+def _both_fit(change: Change, evidence: Evidence) -> bool:
+    """Whether memory takes the model twice; what is kept in fp32 is as large as fp32 at most."""
+    config = evidence.original.config
+    kept = "fp32" if change.change else change.scheme or evidence.scheme
+    return stored_bytes(config, evidence.scheme) + stored_bytes(config, kept) < available_bytes()

@@ -1,0 +1,176 @@
+"""Run a plan for quality: load, gate, run the text beside the reference, one row at a time.
+
+The gate judges the kernel on the weights as stored; the rows after it say how far all of it is from the fp32
+weights. A kernel that the gate fails keeps its figures, with the verdict.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from harness.budget import shortage
+from harness.cell_rows import Job, arithmetic_text, base_row, itself_rows, parity_rows, refused_row
+from harness.estimate import probe
+from harness.models import Model, gate_tokens, model_config, open_model
+from harness.names import one_line
+from harness.parity import gate
+from harness.plan import Cell, Plan, memory_needed
+from harness.quality.lambada import Question, answers, beside, questions
+from harness.quality.passage import Passage, passage_of
+from harness.quality.rows import failed_rows, lambada_row, score_rows
+from harness.quality.scores import score
+from harness.rows import Row, RowError
+from harness.run import GATE_TOKENS, Emit, Tell, apart_of, verdict_of
+from harness.session import Opened, open_session
+from harness.store import StoreError
+from harness.without_codec import NotComparable, has_codec, quality, truth_for
+from reference.config import count_parameters
+
+
+@dataclass(frozen=True)
+class Asked:
+    """On what quality is measured.
+
+    text, data  files; ``None``: the held-out text, and LAMBADA where it lies beside the checkpoint
+    documents   how many passages of LAMBADA
+    """
+
+    text: str | None = None
+    tokens: int = 4096
+    context: int = 128
+    data: str | None = None
+    documents: int = 500
+    tokenizer: str | None = None
+
+    def seconds(self, cell: Cell) -> float:
+        """Predicted time of a cell beyond its gate: the reference twice in float64, the system in single steps."""
+        config = model_config(cell.model)
+        rate, bandwidth = probe()
+        read = count_parameters(config) - config.n_vocab * config.n_embd
+        positions = self.tokens + (_LAMBADA_TOKENS * self.documents if self.data else 0)
+        exact = 2 * 2.0 * read / (rate / 2)
+        return self.tokens * exact + positions * 4.0 * read / bandwidth
+
+
+#: Tokens of a LAMBADA passage, about.
+_LAMBADA_TOKENS = 90
+
+
+@dataclass
+class _Texts:
+    """A model with what it is asked on."""
+
+    model: Model
+    passage: Passage
+    asked: list[Question] = field(default_factory=list)
+    data: str = ""
+
+
+def run(plan: Plan, job: Job, asked: Asked, emit: Emit, tell: Tell) -> None:
+    """Run every cell in order. Whatever one cell does, the next one runs; only Ctrl-C goes through.
+
+    Raises InputError for a text, a model or a tokenizer that is wrong.
+    """
+    for refusal in plan.refused:
+        emit(refused_row(refusal, job), refusal.by_name)
+    opened: dict[str, _Texts] = {}
+    for cell in plan.cells:
+        if cell.model not in opened:
+            tell(cell, "opening the model")
+            opened.clear()  # one model at a time: two 7B checkpoints do not fit
+            gc.collect()
+            opened[cell.model] = _texts(cell.model, asked, job.request.seed)
+        _run_cell(cell, opened[cell.model], job, lambda row: emit(row, job.request.explicit), tell)
+
+
+def _texts(name: str, asked: Asked, seed: int) -> _Texts:
+    model = open_model(name, seed)
+    passage = passage_of(model, asked.text, asked.tokens, asked.context, asked.tokenizer, seed)
+    data = asked.data or beside(model)
+    last_words = questions(data, model, asked.documents, asked.tokenizer) if data else []
+    return _Texts(model, passage, last_words, Path(data or "").name)
+
+
+def _run_cell(cell: Cell, texts: _Texts, job: Job, emit: Callable[[Row], None], tell: Tell) -> None:
+    """All rows of one cell. A backend that raises, dies or hangs becomes a row that says so."""
+    tell(cell, "loading")
+    base = base_row(cell, texts.model, job)
+    free = cell.hardware.facts.get("free_bytes")
+    short = shortage(memory_needed(cell, texts.model.config), cell.hardware.device, None if free is None else int(free))
+    if short:
+        emit(replace(base, verdict="UNAVAILABLE", reason=short))
+        return
+    work = _Work(cell, texts, job, emit, partial(tell, cell))
+    place = cell.hardware.device, cell.threads, job.request.isolate, apart_of(cell, job)
+    try:
+        with open_session(cell.backend, texts.model, cell.scheme, *place, work.tell) as opened:
+            work.judge_and_score(opened, base)
+    except (RowError, StoreError):
+        raise  # ours, not the backend's
+    except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
+        verdict, reason = verdict_of(error, cell, job)
+        metric = "parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else work.metric
+        emit(replace(base, metric=metric, unit="", verdict=verdict, reason=one_line(reason)))
+    finally:
+        gc.collect()
+
+
+@dataclass
+class _Work:
+    """One cell at work. ``metric`` is what a row would be about, should it end now."""
+
+    cell: Cell
+    texts: _Texts
+    job: Job
+    emit: Callable[[Row], None]
+    tell: Callable[[str], None]
+    metric: str = "parity"
+
+    def judge_and_score(self, opened: Opened, base: Row) -> None:
+        cell, passage, model = self.cell, self.texts.passage, self.texts.model
+        base = replace(
+            base,
+            backend_version=opened.version,
+            arithmetic=arithmetic_text(opened),
+            isolated=opened.isolated,
+            cpus=opened.cpus,
+        )
+        bad = self._judge(opened, base)
+        self.metric = "kl_divergence"
+        self.tell(f"{len(passage)} tokens of {passage.name}")
+        try:
+            scores = score(opened.session, model, cell.scheme, passage, self.tell)
+        except NotComparable as error:
+            for row in failed_rows(base, passage, str(error)):
+                self.emit(row)
+            return
+        for row in score_rows(base, passage, scores, bad):
+            self.emit(row)
+        if self.texts.asked:
+            self.metric = "lambada_accuracy"
+            self.tell("LAMBADA")
+            right = answers(opened.session, self.texts.asked, model.config.n_vocab, self.tell)
+            self.emit(lambada_row(base, right, self.texts.data, bad))
+
+    def _judge(self, opened: Opened, base: Row) -> str | None:
+        """Emit the verdict on the kernel; why it, and so no figure of it, passes, if it does not."""
+        cell, model, session = self.cell, self.texts.model, opened.session
+        self.tell("deriving the bound")
+        tokens = gate_tokens(model, GATE_TOKENS, self.job.request.seed)
+        truth = truth_for(session, model.weights, cell.scheme, opened.arithmetic, tokens, model.sha256)
+        self.tell("parity")
+        found = gate(session, truth)
+        known = has_codec(cell.scheme)
+        for row in parity_rows(base, found, truth) if known else itself_rows(base, found):
+            self.emit(row)
+        if not found.passed:
+            return f"the kernel fails parity: {found.first_bad}"
+        if not known:
+            far = quality(session, model.weights, cell.scheme, tokens)
+            if not far.kl_divergence <= far.limit:
+                return f"divergence {far.kl_divergence:.2g} over {far.positions} positions, limit {far.limit:.2g}"
+        return None

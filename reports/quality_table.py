@@ -1,0 +1,172 @@
+"""Quality rows -> one line a cell: is the kernel right, and is the scheme good enough, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.rows import Row
+from reports import output
+from reports.tables import Table, group_cells, markdown, number, shared_by, shared_key, small, title_of, verdict_of
+from reports.terminal import render
+
+#: Columns to do without where there is no room, the first one first.
+_SPARE = ("top-5 %", "bit/byte", "vs fp32", "ppl")
+
+#: A divergence below this is the rounding of the baseline (:mod:`harness.quality.baseline`).
+_NOTHING = 1e-11
+
+_NOT_RUN = ("UNAVAILABLE", "UNSUPPORTED")
+
+
+def formatted(rows: Sequence[Row], kind: str, width: int | None = None, colour: bool = False) -> str:
+    """As :func:`reports.output.formatted`, ``table`` and ``md`` with the columns of quality."""
+    if kind not in ("table", "md"):
+        return output.formatted(rows, kind, width, colour)
+    if not rows:
+        return ""
+    table = quality_table(rows)
+    return markdown(table) if kind == "md" else render(table, width, colour)
+
+
+def quality_table(rows: Sequence[Row]) -> Table:
+    """One line per cell. What no cell has is no column; a cell without figures shows its verdict."""
+    cells = sorted(_by_cell(rows), key=lambda group: verdict_of(group) in _NOT_RUN)  # what ran comes first
+    shared, keys = shared_by(cells)
+    figures = [_figures(group) for group in cells]
+    names = [name for name in _COLUMNS if any(name in found for found in figures)]
+    lines = [
+        (*(shared_key(group, key) for key in keys), _judged(group), *(found.get(name, "") for name in names))
+        for group, found in zip(cells, figures, strict=True)
+    ]
+    title = " · ".join(filter(None, (title_of(rows, shared), _passage(rows))))
+    return Table(title, (*keys, "parity", *names), tuple(lines), tuple(_notes(cells)), spare=_SPARE)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One cell in one line: ``PASS, KL 0.0123, top-1 95.1 %``; ``no codec`` where the kernel could not be judged."""
+    verdict = verdict_of([row for row in rows if row.verdict != "UNSUPPORTED"] or rows)
+    found = _figures(rows)
+    shown = (("KL", "KL {}"), ("top-1 %", "top-1 {} %"), ("LAMBADA %", "LAMBADA {} %"))
+    figures = [text.format(found[name].split(" ±")[0]) for name, text in shown if name in found]
+    why = next((row.reason for row in rows if row.verdict == verdict and row.reason), None)
+    if verdict != "PASS" and why:
+        return "; ".join([f"{verdict}: {why}", *figures])
+    return ", ".join([_judged(rows) if verdict == "PASS" else verdict, *figures])
+
+
+#: Column -> metric and part, in the order in which they are shown.
+_COLUMNS: dict[str, tuple[str, str | None]] = {
+    "KL": ("kl_divergence", None),
+    "weights": ("kl_divergence", "weights"),
+    "kernel": ("kl_divergence", "kernel"),
+    "top-1 %": ("top1_agreement", None),
+    "ppl": ("perplexity", None),
+    "vs fp32": ("perplexity", None),
+    "bit/byte": ("bits_per_byte", None),
+    "top-5 %": ("top5_agreement", None),
+    "LAMBADA %": ("lambada_accuracy", None),
+}
+
+
+def _by_cell(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one cell together: whatever each was measured on."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for group in group_cells(rows):
+        row = group[0]
+        place = row.hardware, row.device, row.threads, row.isolated
+        groups.setdefault((row.run, row.model, row.backend, row.scheme, *place), []).extend(group)
+    return list(groups.values())
+
+
+def _figures(group: Sequence[Row]) -> dict[str, str]:
+    """Column -> text, of the columns that a cell has figures for."""
+    rows = {(row.metric, row.part): row for row in group if row.value is not None}
+    found: dict[str, str] = {}
+    for name, key in _COLUMNS.items():
+        row = rows.get(key)
+        if row is None or row.value is None:
+            continue
+        if name == "vs fp32":
+            found[name] = _times(row)
+        elif row.unit == "fraction":
+            found[name] = _percent(row.value, row.interval)
+        elif key == ("kl_divergence", None):
+            found[name] = _relative(_divergence(row.value), row)
+        elif name in ("weights", "kernel"):
+            found[name] = _divergence(row.value)
+        else:
+            found[name] = _relative(number(row.value), row)
+    return found
+
+
+def _judged(group: Sequence[Row]) -> str:
+    """The verdict on the kernel; of a cell that ended, how; of one that never ran, a dash, its note says why."""
+    ended = next((row.verdict for row in group if row.verdict in ("CRASHED", "TIMEOUT")), None)
+    parity = [row for row in group if row.metric in ("parity", "state_parity")]
+    verdict = ended or verdict_of(parity or group)
+    if verdict in _NOT_RUN:
+        return "no codec" if len(group) > len(parity) else "-"
+    return verdict
+
+
+def _divergence(value: float) -> str:
+    """``0.0123``, ``3.1e-6``, ``0``: only what is the same by definition."""
+    if value < _NOTHING:
+        return "<1e-11" if value else "0"
+    return f"{value:.3g}" if value >= 1e-3 else small(value)
+
+
+def _relative(text: str, row: Row) -> str:
+    """A figure with the wider half of its interval in per cent of it."""
+    if row.interval is None or not row.value or text.startswith("<"):
+        return text
+    half = max(row.interval[1] - row.value, row.value - row.interval[0]) / row.value
+    return f"{text} ±{100 * half:.0f}%"
+
+
+def _percent(value: float, interval: tuple[float, float] | None) -> str:
+    """``95.1 ±0.4``: a fraction and the wider half of its interval, both in hundredths."""
+    if interval is None:
+        return f"{100 * value:.1f}"
+    return f"{100 * value:.1f} ±{100 * max(interval[1] - value, value - interval[0]):.1f}"
+
+
+def _times(row: Row) -> str:
+    """``+0.8 ±0.3%``: how much larger a perplexity is than that of the fp32 weights on the same positions."""
+    about = row.quality or {}
+    times, (low, high) = about.get("times_fp32", 1.0), about.get("times_fp32_interval", (1.0, 1.0))
+    half = max(high - times, times - low)
+    digits = 1 if half >= 5e-4 else 3
+    change = round(100 * (times - 1), digits) + 0.0  # no minus before a zero
+    return f"{change:+.{digits}f} ±{100 * half:.{digits}f}%"
+
+
+def _passage(rows: Sequence[Row]) -> str:
+    """On what the rows were measured, where all say the same."""
+    found = {
+        (about["text"], about["positions"], about["context"])
+        for about in (row.quality for row in rows)
+        if about and "positions" in about
+    }
+    if len(found) != 1:
+        return ""
+    text, positions, context = found.pop()
+    return f"{positions} tokens of {text}" + (f" in segments of {context}" if context else "")
+
+
+_LEGEND = (
+    "KL from the fp32 weights, nat/token; weights: by how they are stored; kernel: by what the backend makes of them"
+)
+
+
+def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:
+    """What the columns mean, and why cells have no figures or not the full verdict: each reason once."""
+    found: dict[str, list[str]] = {}
+    figures = False
+    for row in (row for group in cells for row in group):
+        figures = figures or row.metric == "kl_divergence"
+        if row.reason and (row.verdict not in ("PASS", None) or (row.metric == "perplexity" and row.synthetic)):
+            text = row.reason if row.verdict == "PASS" else f"{row.verdict}: {row.reason}"
+            found.setdefault(text, []).append(f"{row.backend} {row.scheme}")
+    reasons = [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in found.items()]
+    return [*([_LEGEND] if figures else []), *reasons]

@@ -1,0 +1,107 @@
+"""Figures of the judge: ``python -m suites.selftest.planted``; exit 1 where a bar is missed.
+
+python -m suites.selftest.planted --full --jobs 2      what docs/detection.md keeps
+python -m suites.selftest.planted                      a sample, in a minute or two
+python -m suites.selftest.planted --only "decay sign" --arithmetic fp32 --models tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from suites.selftest.planted.backend import LOGITS, STATE, TRACE
+from suites.selftest.planted.catalogue import FAULTS
+from suites.selftest.planted.clean import Clean, clean_runs, false_alarm
+from suites.selftest.planted.figures import figures
+from suites.selftest.planted.report import clean_text, faults_text
+from suites.selftest.planted.subject import KINDS
+from suites.selftest.planted.trial import Outcome, Trial, attempt, trials
+
+#: Trials and clean runs of a sample, and clean runs of all.
+SAMPLE, CLEAN_SAMPLE, CLEAN = 60, 60, 1000
+
+#: Random models; every third one has large keys.
+RANDOM = ("1", "2", "3")
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print, and say whether every bar was reached."""
+    options = _parser().parse_args(argv)
+    models = [m for name in options.models.split(",") for m in (RANDOM if name == "random" else (name,))]
+    planned = trials(models, options.arithmetic.split(","), options.seed)
+    if options.only:
+        planned = [trial for trial in planned if trial.fault == options.only]
+    n_clean = options.clean if options.clean is not None else CLEAN if options.full else CLEAN_SAMPLE
+    if not options.full and not options.only:
+        planned = _sample(planned, SAMPLE)
+    began = time.perf_counter()
+    done = list(_each(_attempt_all if options.shows == "all" else _attempt_traced, planned, options.jobs))
+    _say(*faults_text(done))
+    runs = clean_runs(n_clean, options.seed)
+    alarms = [(run, said) for run, said in zip(runs, _each(_clean, runs, options.jobs), strict=True) if said]
+    _say(*clean_text(runs, alarms))
+    sys.stderr.write(f"{time.perf_counter() - began:.0f} s\n")
+    return 0 if not alarms and all(f.reached for f in figures(done)) else 1
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("\n".join([*lines, ""]))
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arithmetic", default=",".join(KINDS), help=f"comma list of {', '.join(KINDS)}")
+    parser.add_argument("--models", default="tiny,random", help="tiny, random, seeds of random ones")
+    parser.add_argument("--full", action="store_true", help=f"every fault, and {CLEAN} clean runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample, the places and the clean runs")
+    parser.add_argument("--shows", choices=("trace", "all"), default="all", help="what the backends show")
+    parser.add_argument("--clean", type=int, help="how many clean runs")
+    parser.add_argument("--only", choices=sorted(FAULTS), metavar="FAULT", help="one fault, by name")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    return parser
+
+
+def _sample(planned: Sequence[Trial], n: int) -> list[Trial]:
+    """Every n-th, so that all kinds of faults are met."""
+    step = max(1, len(planned) // n)
+    return list(planned[::step])
+
+
+def _each(run: Callable[[_In], _Out], items: Sequence[_In], jobs: int) -> Iterator[_Out]:
+    """The results in order, with a count on stderr."""
+    with ProcessPoolExecutor(jobs) as pool:
+        found = map(run, items) if jobs == 1 else pool.map(run, items, chunksize=4)
+        for i, result in enumerate(found, 1):
+            if i % 20 == 0:
+                sys.stderr.write(f"{i} of {len(items)}\n")
+            yield result
+
+
+def _attempt_all(trial: Trial) -> Outcome:
+    with threadpool_limits(1, user_api="blas"):
+        return attempt(trial, (TRACE, STATE, LOGITS))
+
+
+def _attempt_traced(trial: Trial) -> Outcome:
+    with threadpool_limits(1, user_api="blas"):
+        return attempt(trial, (TRACE,))
+
+
+def _clean(run: Clean) -> str:
+    with threadpool_limits(1, user_api="blas"):
+        return false_alarm(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""A fix is chosen by emulation, applied to the backend and judged again; what it cannot verify it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.api import Session, Unavailable
+from harness.compare import logits_error
+from harness.localize.bench import Bench
+from harness.localize.cost import cost
+from harness.localize.evidence import Evidence
+from harness.localize.finding import CLEAN, DIVERGED, LOGITS, NON_FINITE, TRACE, Finding
+from harness.localize.fix import find_fix, named
+from harness.localize.magnitudes import measure
+from harness.localize.rescaled import rescaling
+from harness.localize.whatif import excess, layer_ranges, patterns
+from harness.session import open_session
+from reference.config import Config
+from reference.forward import forward
+from reference.numerics import Arithmetic
+from reference.schemes import apply
+from reference.synthetic import synthetic
+from reference.weights import Weights
+from suites.nan import emulated
+from suites.nan.planted import LEVERS, STREAM, plant
+
+CONFIG = Config(n_layer=3, n_embd=64, n_ffn=256, n_vocab=256)
+WEIGHTS = synthetic(CONFIG, 5)
+TOKENS = [int(i) for i in np.random.default_rng(1).integers(0, CONFIG.n_vocab, 40)]
+FP16 = Arithmetic("fp16", "fp32", "fp16", "fp32")
+EMULATED = str(Path(emulated.__file__))
+
+
+def evidence(weights: Weights, scheme: str = "fp16", arithmetic: Arithmetic = FP16, **more: Any) -> Evidence:
+    stored = apply(weights, scheme).in_memory()
+    return Evidence(weights, stored, scheme, arithmetic, np.array(TOKENS), **more)
+
+
+def finding(point: str | None, verdict: str = NON_FINITE) -> Finding:
+    return Finding(verdict, TRACE if point else LOGITS, point=point)
+
+
+class LogitsOnly:
+    """Emulated fp16 that shows nothing but logits."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = apply(weights, "fp16").in_memory()
+
+    def forward(self, tokens: Any, state: Any) -> tuple[np.ndarray, Any]:
+        return forward(self._weights, tokens, state, arithmetic=FP16)
+
+
+@contextmanager
+def opener(weights: Weights) -> Iterator[Session]:
+    yield LogitsOnly(weights)
+
+
+@pytest.mark.parametrize("name", ["att.v", "ffn.k2", "ffn.v", "att.residual", "ln2"])
+def test_a_rescaled_checkpoint_helps_what_shows_only_logits(name: str) -> None:
+    planted, point = plant(WEIGHTS, TOKENS, name, 1)
+    fix = find_fix(finding(point), evidence(planted), opener)
+    assert fix is not None
+    assert fix.verified, fix
+    assert fix.what.startswith("the checkpoint rescaled: ")
+    assert fix.cost is None
+
+
+def test_what_weights_cannot_cure_is_only_emulated() -> None:
+    """A key of 1e5 stays one, however weights are moved: told as emulated, never as verified."""
+    planted, point = plant(WEIGHTS, TOKENS, "att.k", 1)
+    fix = find_fix(finding(point), evidence(planted), opener)
+    assert fix is not None
+    assert not fix.verified
+    assert "att.k of layer 1 in fp32" in fix.what
+    assert "only emulated" in fix.note
+
+
+def test_a_scheme_with_room_is_tried() -> None:
+    """``adjust`` refuses: the next thing that the backend offers is taken, and why not the first is told."""
+
+    class Stubborn(Bench):
+        def open(self, weights: Weights, scheme: Any = None, change: Any = None) -> Any:
+            if change:
+                raise Unavailable("not today")
+            return super().open(weights, scheme, change)
+
+    planted, point = plant(WEIGHTS, TOKENS, "logits")
+    bench = Stubborn(EMULATED, "fp16", threads=1)
+    arithmetic = Arithmetic("fp16", "fp16", "fp16", "fp16")
+    fix = find_fix(finding(point), evidence(planted, arithmetic=arithmetic), bench)
+    assert fix is not None
+    assert fix.verified, fix
+    assert "not today" in fix.note
+    assert fix.what.startswith("scheme bf16")
+    assert fix.cost is not None
+
+
+def test_nothing_wrong_needs_no_fix() -> None:
+    assert find_fix(finding(None, CLEAN), evidence(WEIGHTS), opener) is None
+
+
+def test_a_fault_that_no_change_cures_has_none() -> None:
+    """Every logit off by one, whatever the weights."""
+
+    class Wrong(LogitsOnly):
+        def forward(self, tokens: Any, state: Any) -> tuple[np.ndarray, Any]:
+            logits, after = super().forward(tokens, state)
+            return logits[::-1].copy(), after
+
+    @contextmanager
+    def wrong(weights: Weights) -> Iterator[Session]:
+        yield Wrong(weights)
+
+    assert find_fix(finding(None, DIVERGED), evidence(WEIGHTS), wrong) is None
+    planted, point = plant(WEIGHTS, TOKENS, "ffn.k2", 1)
+    fix = find_fix(finding(point), evidence(planted), wrong)
+    assert fix is None or not fix.verified
+
+
+@pytest.mark.parametrize("name", ["att.v", "ffn.k2", "ffn.v", "att.out", "ln1", "ln2", "ffn.residual"])
+def test_rescaling_keeps_the_function(name: str) -> None:
+    """To float64's own precision but for eps, which the stream's scale makes count; and what overflowed fits."""
+    planted, _ = plant(WEIGHTS, TOKENS, name, 1)
+    over = excess(measure(planted, TOKENS), FP16, CONFIG)
+    found = rescaling(CONFIG, over)
+    assert found is not None
+    rescaled = found.apply(planted)
+    assert not excess(measure(rescaled, TOKENS), FP16, CONFIG)
+    before, _ = forward(planted, TOKENS, all_logits=True, dtype=np.float64)
+    after, _ = forward(rescaled, TOKENS, all_logits=True, dtype=np.float64)
+    assert logits_error(after, before).rms < (1e-3 if name in ("ffn.v", "att.out", *STREAM) else 1e-9)
+
+
+def test_every_lever_has_its_answer() -> None:
+    """All that weights can reach is reached; keys and logits are not to be had."""
+    for name in (*LEVERS, *STREAM):
+        found = rescaling(CONFIG, {f"blocks.1.{name}": 3.0})
+        assert (found is None) == (name == "att.k"), name
+    assert rescaling(CONFIG, {"logits": 2.0}) is None
+    assert rescaling(CONFIG, {"blocks.0.ffn.k2": float("inf")}) is None
+
+
+def test_an_excess_counts_types_of_sums_and_of_inputs() -> None:
+    planted, point = plant(WEIGHTS, TOKENS, "att.wkv", 1)
+    peaks = measure(planted, TOKENS, inner=True)
+    assert point not in excess(peaks, FP16, CONFIG)
+    assert point in excess(peaks, Arithmetic("fp16", "fp32", "fp16", "fp16"), CONFIG)
+    planted, _ = plant(WEIGHTS, TOKENS, "ffn.k2", 1)
+    inputs = excess(measure(planted, TOKENS), Arithmetic("fp16in"), CONFIG)
+    assert list(inputs) == ["blocks.1.ffn.v"]  # converts its input, which is fp32 itself
+    assert not excess(measure(planted, TOKENS), Arithmetic(), CONFIG)
+
+
+def test_names_for_people() -> None:
+    assert patterns(["blocks.0.att.k", "blocks.1.att.k", "blocks.1.ffn.v"], 2) == ("blocks.*.att.k", "blocks.1.ffn.v")
+    assert layer_ranges([3, 0, 1, 2, 7]) == "0-3, 7"
+    listed = ["blocks.1.ln1", "blocks.1.att.xk", "blocks.*.att.residual", "logits"]
+    told = "ln1, att.xk of layer 1; att.residual of every layer; logits in fp32, rescale_every 6"
+    assert named(listed, 6) == told
+
+
+def test_cost_is_a_ratio_of_speeds() -> None:
+    """Of a session to itself: about one; both are timed in turn."""
+    with open_session("numpy", WEIGHTS, "fp32", threads=1) as one, open_session("numpy", WEIGHTS, "fp32") as other:
+        assert 0.2 < cost(one, other, TOKENS) < 5

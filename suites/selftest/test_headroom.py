@@ -1,0 +1,212 @@
+"""Headroom: what it predicts to overflow does, in emulation and in torch; its set is the smallest; long texts."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness import command_headroom
+from harness.headroom import Headroom, find
+from harness.localize.magnitudes import CHUNK, measure
+from harness.localize.whatif import emulate, mixed
+from harness.models import gate_tokens, open_model
+from harness.status import FAILED, PASSED
+from reference.checkpoint import save_checkpoint
+from reference.config import Config
+from reference.errors import InputError, TokenError
+from reference.forward import forward
+from reference.numerics import Arithmetic
+from reference.synthetic import synthetic
+from reference.weights import Tensor, Weights
+from suites.nan.planted import IN_BLOCK, SUMS, plant, scaled
+
+CONFIG = Config(n_layer=4, n_embd=64, n_ffn=256, n_vocab=256)
+WEIGHTS = synthetic(CONFIG, 5)
+TOKENS = [int(i) for i in np.random.default_rng(1).integers(0, CONFIG.n_vocab, 48)]
+FP16 = Arithmetic("fp16", "fp32", "fp16", "fp32")
+
+
+def text(n: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(n).integers(0, CONFIG.n_vocab, n)]
+
+
+def test_the_largest_values_are_those_of_a_traced_run() -> None:
+    """Chunked or not, with the place where they are; gates and what ReLU drops left out."""
+    tokens = text(CHUNK + 40)
+    seen: dict[str, np.ndarray] = {}
+    forward(WEIGHTS, tokens, tap=seen.__setitem__, all_logits=True)
+    peaks = measure(WEIGHTS, tokens)
+    assert list(peaks) == list(seen)
+    for point, x in seen.items():
+        size = np.maximum(x, 0) if point.endswith("ffn.k") else np.abs(x)
+        peak = peaks[point]
+        assert peak.value >= size.max() * (1 - 1e-4)  # on the way there may be larger ones
+        if point.endswith((".wkv", ".rwkv", ".out", ".residual", ".v", ".k", ".k2", "logits")):
+            assert peak.value == pytest.approx(size.max(), rel=1e-4)
+            assert size[peak.token, peak.channel] == pytest.approx(size.max(), rel=1e-4)
+
+
+def test_sums_are_larger_than_results() -> None:
+    """Of WKV: remembered for ever, values of one sign add up."""
+    planted, point = plant(WEIGHTS, TOKENS, SUMS, 2)
+    peak = measure(planted, TOKENS, inner=True)[point]
+    assert peak.value < 65504 < peak.inner
+    assert measure(planted, TOKENS)[point].inner == 0
+
+
+@pytest.mark.parametrize("name", [name for name in IN_BLOCK if name != SUMS])
+def test_what_is_predicted_to_overflow_does_in_torch(name: str) -> None:
+    """The first operation beyond the limit is the first that is not finite; what is not beyond it stays finite."""
+    torch_eager = pytest.importorskip("backends.torch_eager")
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[torch]'")
+    planted, point = plant(WEIGHTS, TOKENS, name, 2)
+    found = find(planted, TOKENS, "fp16")
+    bad: list[str] = []
+    session = torch_eager.load(planted, "fp16", "cpu", 1)
+    session.trace(TOKENS, None, lambda n, x: bad.append(n) if not np.isfinite(x).all() else None)
+    assert found.overflowing[0].point == bad[0] == point
+    assert found.plain is not None
+    assert found.plain.point == point
+
+
+def test_the_set_is_the_smallest() -> None:
+    """With it all is finite; without any one of its members nothing is."""
+    planted, _ = plant(WEIGHTS, TOKENS, "att.out", 1)
+    found = find(planted, TOKENS, "fp16")
+    keep = found.kept.keep
+    assert len(keep) > 2
+    assert found.kept.confirmed
+    for left_out in keep:
+        others = [point for point in keep if point != left_out]
+        assert not emulate(planted, TOKENS, mixed(FP16, others)).finite, left_out
+
+
+def test_rescaling_leaves_less_to_do() -> None:
+    """A stream just beyond fp16's limit in the last of four layers: with a halving before them nothing is left."""
+    largest = measure(WEIGHTS, TOKENS)["blocks.3.ffn.residual"].value
+    names = ["blocks.0.ln0.weight", "blocks.0.ln0.bias"]
+    names += [f"blocks.{i}.{m}.weight" for i in range(4) for m in ("att.output", "ffn.value")]
+    grown = scaled(WEIGHTS, dict.fromkeys(names, 66000 / largest))
+    found = find(grown, TOKENS, "fp16", rescale_every=2)
+    assert "blocks.3.ffn.residual" in found.kept.keep
+    assert all(point.startswith(("blocks.2.", "blocks.3.")) for point in found.kept.keep)
+    assert found.rescaled.keep == ()
+    assert found.rescaled.confirmed
+
+
+def test_near_comes_before_beyond() -> None:
+    """A value of 40,000 overflows nothing yet and is named."""
+    value = measure(WEIGHTS, TOKENS)["blocks.1.att.v"].value
+    factor = 40000 / value
+    near = scaled(WEIGHTS, {"blocks.1.att.value.weight": factor, "blocks.1.att.output.weight": 1 / factor})
+    found = find(near, TOKENS, "fp16")
+    assert not found.overflowing
+    assert found.near is not None
+    assert found.near.point == "blocks.1.att.v"
+    assert found.headroom(found.near) == pytest.approx(65504 / 40000, rel=0.01)
+
+
+def test_formats_differ() -> None:
+    planted, point = plant(WEIGHTS, TOKENS, "ffn.k2", 1)
+    assert not find(planted, TOKENS, format="bf16").overflowing
+    eight = find(planted, TOKENS, format="fp8")
+    assert point in eight.kept.keep
+    assert eight.plain is None  # fp8 is not emulated here, and says so
+    assert not eight.kept.confirmed
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    def peak(n: int) -> int:
+        tracemalloc.start()
+        try:
+            measure(WEIGHTS, text(n))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    measure(WEIGHTS, text(8))
+    assert peak(8 * CHUNK) < 1.2 * peak(2 * CHUNK)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(TokenError, match="at least one"):
+        find(WEIGHTS, [])
+    bad = Weights(CONFIG, WEIGHTS.tensors, "model.pth", non_finite=("blocks.1.att.key.weight",))
+    with pytest.raises(InputError, match=r"model\.pth: blocks\.1\.att\.key\.weight holds NaN"):
+        find(bad, TOKENS)
+
+
+def asked(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command_headroom.options(parser)
+    return parser.parse_args([*words, "--threads", "1"])
+
+
+def told(kind: str, *words: str) -> tuple[str, int]:
+    return command_headroom.run(asked(*words), lambda text: None, kind)
+
+
+def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "planted.safetensors"
+    model = open_model("tiny")
+    planted, point = plant(model.weights, gate_tokens(model, 32), "ffn.v", 4)
+    save_checkpoint(planted, str(path), "safetensors", "fp32")
+    table, code = told("table", "--model", str(path), "--tokens", "32")
+    assert code == FAILED
+    assert f"first: {point} overflows" in table
+    assert "ffn.v in layer 4" in table
+    assert max(map(len, table.splitlines()[1:])) <= 80
+    assert len(told("table", "--tokens", "8", "--layers")[0].splitlines()) > 9 * 20
+
+
+def test_every_format_has_every_operation() -> None:
+    document, code = told("json", "--tokens", "8")
+    assert code == PASSED
+    found: dict[str, Any] = json.loads(document)
+    assert found["schema"] == 1
+    assert len(found["operations"]) == 2 + 9 * 20 + 2
+    assert {"point", "layer", "value", "headroom", "rescaled_headroom"} <= set(found["operations"][0])
+    assert len(list(csv.DictReader(io.StringIO(told("csv", "--tokens", "8")[0])))) == 184
+    assert len(told("jsonl", "--tokens", "8")[0].splitlines()) == 184
+    assert told("md", "--tokens", "8")[0].count("\n| --- |") == 1
+
+
+def test_a_text_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("a, b" * 10, encoding="utf-8")
+    assert json.loads(told("json", "--text", str(path))[0])["tokens"] == 40
+    path.write_text("")
+    with pytest.raises(InputError, match="empty"):
+        told("json", "--text", str(path))
+    with pytest.raises(InputError, match="No such file"):
+        told("json", "--text", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--float", "fp61"), "did you mean 'fp16'"),
+        (("--rescale-every", "0"), "at least 1"),
+        (("--tokens", "0"), "at least 1"),
+        (("--quant", "fp61"), "no scheme"),
+        (("--seed", "-1"), "0 or more"),
+    ],
+)
+def test_bad_options(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        told("table", *words)
+
+
+def test_zeros_have_all_the_room_there_is() -> None:
+    silent = WEIGHTS.map(lambda n, t: Tensor.of(t.array() * 0) if n == "blocks.1.ffn.value.weight" else t)
+    found: Headroom = find(silent, TOKENS)
+    peak = next(peak for peak in found.peaks if peak.point == "blocks.1.ffn.v")
+    assert found.headroom(peak) == float("inf")

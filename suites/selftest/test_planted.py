@@ -1,0 +1,170 @@
+"""The judge is judged on a sample: planted faults must be seen, correct backends left alone.
+
+All of them: ``python -m suites.selftest.planted --full``, or ``pytest --planted`` here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from backends.api import Scoring, StateAccess, Traceable
+from harness.parity import gate
+from reference.operations import steps
+from suites.selftest.planted import catalogue
+from suites.selftest.planted.__main__ import main
+from suites.selftest.planted.backend import LOGITS, SESSIONS, STATE, TRACE, PlantedBackend
+from suites.selftest.planted.clean import EMULATED, Clean, clean_runs, draw, false_alarm
+from suites.selftest.planted.equivalent import EQUIVALENTS
+from suites.selftest.planted.fault import SESSION, Patch
+from suites.selftest.planted.figures import Rate, figures
+from suites.selftest.planted.report import clean_text, faults_text
+from suites.selftest.planted.subject import KINDS, model, subject
+from suites.selftest.planted.trial import Bench, Outcome, Trial, attempt, trials
+from suites.selftest.planted.visible import Effect, effect
+
+#: Small, and without large keys.
+MODEL = "3"
+
+
+def test_the_faults_are_many_and_each_is_named_once() -> None:
+    assert len(catalogue.FAULTS) >= 80
+    assert len(catalogue.FAULTS) == sum(len(module.FAULTS) for module in catalogue.MODULES)
+    for fault in catalogue.FAULTS.values():
+        assert fault.says.endswith("."), fault.name
+
+
+def test_every_fault_says_where_it_is() -> None:
+    """At a trace point of the model, in a layer that was asked for, or in the session."""
+    for trial in trials([MODEL], list(KINDS)):
+        bench = Bench(trial)
+        points = {step.point for step in steps(bench.subject.stored.config)}
+        assert bench.planted.point in points | {SESSION}, trial
+        patch = bench.planted.patch
+        assert patch.weights is not None or patch.replaced or patch.around or patch.given or patch.taken, trial
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_fault_the_backend_passes_and_has_no_effect(kind: str) -> None:
+    found = subject(model(MODEL), kind)
+    assert gate(PlantedBackend(found.arithmetic, Patch(), seed=9).open(found.stored), found.truth).passed
+    assert effect(Patch(), found)[:3] == (0, 0, 0)
+
+
+def test_a_session_shows_what_was_asked_for() -> None:
+    found = subject(model(MODEL), "fp32")
+    shown = {how: PlantedBackend(found.arithmetic, Patch(), how).open(found.stored) for how in SESSIONS}
+    assert [isinstance(shown[TRACE], kind) for kind in (Traceable, Scoring, StateAccess)] == [True] * 3
+    assert [isinstance(shown[STATE], kind) for kind in (Traceable, Scoring, StateAccess)] == [False, False, True]
+    assert [isinstance(shown[LOGITS], kind) for kind in (Traceable, Scoring, StateAccess)] == [False] * 3
+
+
+def test_a_planted_session_is_the_same_at_every_call() -> None:
+    found = subject(model(MODEL), "fp16")
+    session = PlantedBackend(found.arithmetic, Patch(), seed=3).open(found.stored)
+    first, again = (session.forward(found.prompt[:9], None)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
+#: Fault -> the arithmetics under which it must be visible on the embedded model, and those under which it must not.
+DECIDED = {
+    "time_first dropped": (("fp32", "fp16", "bf16", "int8x32"), ()),
+    "decay sign": (("fp32", "fp16", "bf16", "int8x32"), ()),
+    "ln1 eps 1e-6": ((), ("fp16", "bf16", "int8x32")),
+    "decay in fp16": (("fp32",), ("fp16", "bf16")),
+    "ffn.residual in fp16": (("fp32",), ("fp16", "bf16")),
+    "NaN that relu hides": ((), ("fp32", "fp16")),
+    "keys clamped to 60": ((), ("fp32",)),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_what_is_visible_is_decided_by_the_bound(name: str) -> None:
+    for kind in (*DECIDED[name][0], *DECIDED[name][1]):
+        bench = Bench(Trial(name, MODEL, kind))
+        assert (effect(bench.planted.patch, bench.subject).state > 1) == (kind in DECIDED[name][0]), kind
+
+
+def sample(n: int, seed: int) -> list[Trial]:
+    """Every n-th trial, another one of each kind at another seed."""
+    found = trials([MODEL, "2"], list(KINDS), seed)
+    return found[seed % n :: n]
+
+
+@pytest.mark.parametrize("trial", sample(61, 7), ids=str)
+def test_a_visible_fault_is_detected_and_found(trial: Trial) -> None:
+    """Few enough that every one of them must be."""
+    found = attempt(trial, (TRACE,))
+    if not found.visible(TRACE):
+        assert found.effect.state <= 1
+        return
+    assert found.by[TRACE], found
+    if found.placed:
+        assert found.right_point(TRACE), found
+
+
+@pytest.mark.parametrize("run", clean_runs(64, 3)[::4], ids=str)
+def test_a_correct_backend_is_left_alone(run: Clean) -> None:
+    assert false_alarm(replace(run, localized=False)) == ""
+
+
+@pytest.mark.parametrize("name", EQUIVALENTS)
+def test_a_correct_backend_may_compute_otherwise(name: str) -> None:
+    found = subject(model(MODEL), "fp16")
+    session = PlantedBackend(found.arithmetic, EQUIVALENTS[name], seed=9).open(found.stored)
+    assert gate(session, found.truth).passed
+
+
+def test_clean_runs_are_of_every_kind() -> None:
+    runs = clean_runs(1000)
+    assert len({(run.who, run.scheme) for run in runs}) > 50
+    assert {run.who.split(",")[0].split()[0] for run in runs} == {"numpy", "torch", "emulated"}
+    shapes = {draw(run)[0].config for run in runs[:40]}
+    assert len(shapes) > 30
+    assert all(scheme for _, scheme in EMULATED.values())
+
+
+def test_exact_intervals() -> None:
+    """Against values of the published tables of Clopper and Pearson."""
+    assert Rate(0, 10).interval() == pytest.approx((0, 0.3085), abs=1e-4)
+    assert Rate(5, 10).interval() == pytest.approx((0.1871, 0.8129), abs=1e-4)
+    assert Rate(10, 10).interval() == pytest.approx((0.6915, 1), abs=1e-4)
+    assert Rate(0, 1000).interval()[1] == pytest.approx(0.003682, abs=1e-6)
+    assert str(Rate(0, 0)) == "none"
+
+
+def made(fault: str, by: str, point: str | None) -> Outcome:
+    """An outcome of a fault in ``blocks.1.att.k``."""
+    trial = Trial(fault, "1", "fp32")
+    layer = None if point is None else 1
+    seen = Effect(2.0, 3.0, 2.0, "decode")
+    return Outcome(trial, "blocks.1.att.k", 1, seen, dict.fromkeys(SESSIONS, by), {TRACE: (layer, point)}, {TRACE: 0.5})
+
+
+def test_a_missed_bar_is_told_by_name() -> None:
+    good = [made("decay sign", "gate", "blocks.1.att.k")] * 9
+    assert [f.reached for f in figures(good)] == [True] * 3
+    undetected = next(iter(figures([*good, made("no reset", "", "blocks.1.att.k")])))
+    assert not undetected.reached
+    assert "no reset" in undetected.missed[0]
+    elsewhere = [made("no reset", "gate", "blocks.1.att.v"), made("no reset", "gate", "blocks.1.att.v")]
+    found = next(iter(figures([*good, *elsewhere])))
+    assert (found.layer.hits, found.operation.hits, found.reached) == (11, 9, False)
+    assert "blocks.1.att.k, found blocks.1.att.v" in "\n".join(faults_text([*good, *elsewhere]))
+    assert "false alarms: 1/2" in "\n".join(clean_text(clean_runs(2), [(clean_runs(1)[0], "decode: off")]))
+
+
+def test_the_command_says_whether_the_bars_are_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--only", "relu without square", "--models", MODEL, "--arithmetic", "fp32", "--shows", "trace", "--clean"]
+    assert main([*argv, "1"]) == 0
+    text = capsys.readouterr().out
+    assert "1/1 100.0 %" in text
+    assert "false alarms: 0/1" in text
+
+
+def test_an_undetected_fault_is_exit_status_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "judged", lambda self: dict.fromkeys(SESSIONS, ""))
+    argv = ["--only", "relu without square", "--models", MODEL, "--arithmetic", "fp32", "--clean", "0"]
+    assert main(argv) == 1
