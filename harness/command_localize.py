@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from harness.status import FAILED, PASSED
 from reference.errors import InputError
 
 if TYPE_CHECKING:
+    from backends.api import BackendInfo
     from harness.localize.bench import Bench
+    from harness.localize.drift import Drift
     from harness.localize.finding import Finding
     from harness.localize.heatmap import Grid
     from harness.models import Model
     from harness.plan import Cell
+    from reference.numerics import Arithmetic
 
 HELP = "first wrong result of a backend, its cause, and a fix that was tried"
 
@@ -97,21 +101,62 @@ def run(arguments: argparse.Namespace, say: Say, kind: str) -> Report:
 
 
 def _localized(cell: Cell, model: Model, tokens: list[int], arguments: argparse.Namespace, say: Say) -> Finding:
-    from backends.api import Unavailable, Unsupported
-    from backends.index import load_backend
     from harness.localize import localize
+
+    what = (bench(cell, model, arguments), model.weights, cell.scheme, _arithmetic(cell), tokens)
+    return _watched(
+        cell,
+        lambda: localize(*what, method=arguments.method, fix=arguments.fix, cache_key=model.sha256, tell=say),
+    )
+
+
+def _drifted(cell: Cell, model: Model, arguments: argparse.Namespace, say: Say, kind: str) -> Report:
+    """``--drift``: errors against position."""
+    from harness.localize.drift import drift
+    from harness.localize.report import plain_json
+
+    given = arguments.prompt is not None or arguments.tokens is not None
+    tokens = _tokens(model, arguments) if given else None
+
+    def look() -> Drift:
+        with bench(cell, model, arguments)(model.weights) as session:
+            what = (model.weights, cell.scheme, _arithmetic(cell), arguments.drift, say, tokens)
+            return drift(session, *what)
+
+    found = _watched(cell, look)
+    code = PASSED if found.passed else FAILED
+    title = f"{cell.backend} {cell.scheme} on {cell.hardware.device} · {model.name}"
+    if kind == "json":
+        document = plain_json(_about(cell, model) | {"verdict": found.verdict, "drift": asdict(found)})
+        return Report(document, code, title, None)
+    return Report(f"{title}\n{found.text()}\n", code, title, None)
+
+
+def _arithmetic(cell: Cell) -> Arithmetic:
+    from backends.index import load_backend
+
+    info: BackendInfo = load_backend(cell.backend).INFO
+    return info.arithmetic(cell.scheme, cell.hardware.device)
+
+
+def _about(cell: Cell, model: Model) -> dict[str, Any]:
+    where = {"backend": cell.backend, "scheme": cell.scheme, "device": cell.hardware.device, "threads": cell.threads}
+    return {**where, "model": model.name, "model_sha256": model.sha256}
+
+
+def _watched(cell: Cell, work: Callable[[], Result]) -> Result:
+    """What ``work`` gives; what comes out of the backend is raised as Broke."""
+    from backends.api import Unavailable, Unsupported
+    from harness.localize.held import from_backend
     from harness.names import one_line
 
-    info = load_backend(cell.backend).INFO
-    arithmetic = info.arithmetic(cell.scheme, cell.hardware.device)
-    opener, options = bench(cell, model, arguments), {"method": arguments.method, "fix": arguments.fix}
     try:
-        return localize(
-            opener, model.weights, cell.scheme, arithmetic, tokens, cache_key=model.sha256, tell=say, **options
-        )
+        return work()
     except (InputError, Unavailable, Unsupported):
         raise
     except Exception as error:
+        if not from_backend(error):
+            raise
         raise Broke(f"{cell.backend} {cell.scheme}: {type(error).__name__}: {one_line(str(error))}") from error
 
 

@@ -7,16 +7,15 @@ on their way into the panel.
 
 from __future__ import annotations
 
-import os
-
 from backends.tvm_mlc.codes_cpu import code, shrink
 from backends.tvm_mlc.finish_cpu import block, finish, scratch, tasks
 from backends.tvm_mlc.product import Product
+from backends.tvm_mlc.storage import Kept
 from backends.tvm_mlc.tir_text import f32, indent
 from backends.tvm_mlc.tir_text import local as registers
 
 #: Outputs of a task, and tokens that are multiplied together.
-_COLUMNS, _TOKENS = int(os.environ.get("GC", "32")), int(os.environ.get("GT", "8"))
+_COLUMNS, _TOKENS = 32, 8
 
 #: Rows and columns of what is turned at once.
 _SQUARE = 16
@@ -35,96 +34,81 @@ def rows_of_matrix(what: Product) -> str:
         fill += f"for c in range({full}):\n{indent(_square(what, h), 1)}\n" if full else ""
         rest = length - full * _SQUARE
         if rest:
-            fill += f"for e in range({rest}):\n{indent(_gathered(what, h, lanes, full * _SQUARE), 1)}\n"
+            fill += f"for j in range({rest}):\n{indent(_gathered(what, h, lanes, full * _SQUARE), 1)}\n"
     return _multiplied(what, columns, fill)
 
 
 def columns_of_matrix(what: Product) -> str:
     """The body of a kernel over a KN matrix, which is quantized."""
     columns, how = block(what.n, _COLUMNS), what.how
-    stores = _stores(
-        what,
-        f"q[c * {how.words_per_group} + j, row + l]",
-        "s[c, row + l]",
-        f"(c * {how.words_per_group} + j)",
-        "l",
-    )
+    word, scale = f"c * {how.words_per_group} + j", f32("s[c, row + l]", how.dtype)
     fill = f"""
 for c in range({how.groups(what.k)}):
     for j in range({how.words_per_group}):
         for l in T.vectorized({columns}):
-{indent(stores, 3)}
+{indent(_stores(how, f"q[{word}, row + l]", scale, word, "l"), 3)}
 """
     return _multiplied(what, columns, fill)
 
 
 def _square(what: Product, h: int) -> str:
     """Turn 16 words, or weights, of each of 16 rows, and put them into the panel."""
-    how = what.how
+    how, column = what.how, f"{h * _SQUARE} + l"
     name, dtype = ("q", "uint32") if how.bits else ("w", how.dtype)
     text = ""
     for r in range(_SQUARE):
-        loaded = f"{name}[row + {h * _SQUARE + r}, T.Ramp(c * {_SQUARE}, 1, {_SQUARE})]"
-        if dtype == "float16":
-            loaded = f'T.Cast("float32x{_SQUARE}", {loaded})'
-        text += f"turn[T.Ramp({r * _SQUARE}, 1, {_SQUARE})] = {loaded}\n"
-    source, target = "turn", "turned"
-    for _ in range(4):  # interleaving the halves of 16 rows four times turns them
-        for i in range(8):
-            halves = ", ".join(f"{source}[T.Ramp({j * _SQUARE}, 1, {_SQUARE})]" for j in (i, i + 8))
-            for side in (0, 1):
-                order = [8 * side + j // 2 + (_SQUARE if j % 2 else 0) for j in range(_SQUARE)]
-                text += f"{target}[T.Ramp({(2 * i + side) * _SQUARE}, 1, {_SQUARE})] = T.Shuffle([{halves}], {order})\n"
-        source, target = target, source
+        row = f"{name}[row + {h * _SQUARE + r}, T.Ramp(c * {_SQUARE}, 1, {_SQUARE})]"
+        row = f'T.Cast("float32x{_SQUARE}", {row})' if dtype == "float16" else row
+        text += f"turn[T.Ramp({r * _SQUARE}, 1, {_SQUARE})] = {row}\n"
+    text += _turned()
     if not how.bits:
-        return (
-            text
-            + f"""
-for e in range({_SQUARE}):
-    for l in T.vectorized({_SQUARE}):
-        wide[c * {_SQUARE} + e, {h * _SQUARE} + l] = turn[e * {_SQUARE} + l]
-"""
-        )
+        stores = f"wide[c * {_SQUARE} + j, {column}] = turn[j * {_SQUARE} + l]"
+        return text + f"for j in range({_SQUARE}):\n    for l in T.vectorized({_SQUARE}):\n{indent(stores, 2)}\n"
     each = how.words_per_group
-    group = f"c * {_SQUARE // each} + g"
-    stores = _stores(
-        what, f"turn[(g * {each} + j) * {_SQUARE} + l]", "sc[l]", f"(({group}) * {each} + j)", f"{h * _SQUARE} + l"
-    )
-    return (
-        text
-        + f"""
-for g in range({_SQUARE // each}):
+    group = f"c * {_SQUARE // each} + i"
+    stores = _stores(how, f"turn[(i * {each} + j) * {_SQUARE} + l]", "sc[l]", f"({group}) * {each} + j", column)
+    return f"""
+{text}
+for i in range({_SQUARE // each}):
     for l in T.vectorized({_SQUARE}):
-        sc[l] = {f32(f"s[row + {h * _SQUARE} + l, {group}]", how.dtype)}
+        sc[l] = {f32(f"s[row + {column}, {group}]", how.dtype)}
     for j in range({each}):
         for l in T.vectorized({_SQUARE}):
 {indent(stores, 3)}
 """
-    )
+
+
+def _turned() -> str:
+    """Interleave the first half of 16 rows with the second; four times that makes rows of columns."""
+    lines, source, target = [], "turn", "turned"
+    for _ in range(4):
+        for i in range(_SQUARE):
+            halves = ", ".join(f"{source}[T.Ramp({r * _SQUARE}, 1, {_SQUARE})]" for r in (i // 2, i // 2 + 8))
+            order = [i % 2 * 8 + l // 2 + l % 2 * _SQUARE for l in range(_SQUARE)]
+            lines.append(f"{target}[T.Ramp({i * _SQUARE}, 1, {_SQUARE})] = T.Shuffle([{halves}], {order})\n")
+        source, target = target, source
+    return "".join(lines)
 
 
 def _gathered(what: Product, h: int, lanes: int, start: int) -> str:
-    """Put word, or weight, ``start + e`` of each of ``lanes`` rows into the panel."""
-    how, at = what.how, f"({start} + e)"
+    """Put word, or weight, ``start + j`` of each of ``lanes`` rows into the panel."""
+    how, at, column = what.how, f"{start} + j", f"{h * lanes} + l"
     if not how.bits:
-        value = f32(f"w[row + {h * lanes} + l, {at}]", how.dtype)
-        return f"for l in T.vectorized({lanes}):\n    wide[{at}, {h * lanes} + l] = {value}\n"
-    stores = _stores(what, "turn[l]", "sc[l]", at, f"{h * lanes} + l")
+        value = f32(f"w[row + {column}, {at}]", how.dtype)
+        return f"for l in T.vectorized({lanes}):\n    wide[{at}, {column}] = {value}\n"
     return f"""
 for l in T.vectorized({lanes}):
-    turn[l] = q[row + {h * lanes} + l, {at}]
-    sc[l] = {f32(f"s[row + {h * lanes} + l, {at} // {how.words_per_group}]", how.dtype)}
+    turn[l] = q[row + {column}, {at}]
+    sc[l] = {f32(f"s[row + {column}, ({at}) // {how.words_per_group}]", how.dtype)}
 for l in T.vectorized({lanes}):
-{indent(stores, 1)}
+{indent(_stores(how, "turn[l]", "sc[l]", at, column), 1)}
 """
 
 
-def _stores(what: Product, word: str, scale: str, at: str, column: str) -> str:
+def _stores(how: Kept, word: str, scale: str, at: str, column: str) -> str:
     """Dequantize the codes of word ``at`` of a row or column into the panel."""
-    how = what.how
-    wide = scale if scale.startswith("sc") else f32(scale, how.dtype)
     return "\n".join(
-        f"wide[{at} * {how.per_word} + {i}, {column}] = {code(how, word, i)} * ({wide} * {shrink(how, i)})"
+        f"wide[({at}) * {how.per_word} + {i}, {column}] = {code(how, word, i)} * ({scale} * {shrink(how, i)})"
         for i in range(how.per_word)
     )
 
@@ -134,27 +118,22 @@ def _multiplied(what: Product, columns: int, fill: str) -> str:
     width = what.how.groups(what.k) * what.how.group if what.how.bits else what.k
     body = f'wide = T.alloc_buffer(({width}, {columns}), "float32")\n{fill}\n'
     body += f"""
-if n >= {_TOKENS}:
-    for g in range((n + {_TOKENS - 1}) // {_TOKENS}):
-        t = T.meta_var(T.min(g * {_TOKENS}, n - {_TOKENS}))
-{indent(_tile(what, _TOKENS, columns), 2)}
-else:
-    for t in range(n):
-{indent(_tile(what, 1, columns), 2)}
+for g in range((n + {_TOKENS - 1}) // {_TOKENS}):
+{indent(_tile(what, columns), 1)}
 """
     return _as_float32(what) + tasks(what.n, columns, body)
 
 
-def _tile(what: Product, tokens: int, columns: int) -> str:
-    """``tokens`` from ``t`` on by the panel."""
-    text = "".join(registers(f"acc{i}", (columns,)) for i in range(tokens))
-    text += scratch(what, columns)
+def _tile(what: Product, columns: int) -> str:
+    """Tokens ``g * _TOKENS ...`` by the panel; where there are no more of them, the last one again."""
+    token = [f"T.min(g * {_TOKENS} + {i}, n - 1)" for i in range(_TOKENS)]
+    text = "".join(registers(f"acc{i}", (columns,)) for i in range(_TOKENS)) + scratch(what, columns)
     text += f"for l in T.vectorized({columns}):\n"
-    text += "".join(f"    acc{i}[l] = T.float32(0)\n" for i in range(tokens))
+    text += "".join(f"    acc{i}[l] = T.float32(0)\n" for i in range(_TOKENS))
     text += f"for c in range({what.k}):\n    for l in T.vectorized({columns}):\n"
-    text += "".join(f"        acc{i}[l] = acc{i}[l] + x1[t + {i}, c] * wide[c, l]\n" for i in range(tokens))
-    for i in range(tokens):
-        text += f"for l in T.vectorized({columns}):\n    val[l] = acc{i}[l]\n{finish(what, f't + {i}', columns)}\n"
+    text += "".join(f"        acc{i}[l] = acc{i}[l] + x1[{t}, c] * wide[c, l]\n" for i, t in enumerate(token))
+    for i, t in enumerate(token):
+        text += f"for l in T.vectorized({columns}):\n    val[l] = acc{i}[l]\n{finish(what, t, columns)}\n"
     return text
 
 

@@ -71,7 +71,7 @@ def _before(one: Place, other: Place, points: Sequence[str]) -> bool:
 
 
 def operation_of(case: Case, span: Sequence[str], cause: Cause) -> str | None:
-    """The one trace point of ``span`` that every defect which reproduces what is shown has in common, if there is one."""
+    """The one trace point of ``span`` that all defects have in common which reproduce what is shown, else ``None``."""
     from harness.localize.catalogue import of_model
     from harness.localize.cause import HYPOTHESIS
     from harness.localize.decoder import Decoder

@@ -70,14 +70,8 @@ class Decoder:
             while sum(held.values.size for held in self._held.values()) > _HELD_ELEMENTS:
                 self._held.pop(next(iter(self._held)))
             values, original = (w[name].array(np.float32) for w in (self._stored, self._original))
-            scheme = self._scheme
-            self._held[name] = Stored(
-                values,
-                original,
-                group_of(scheme, name),
-                signed_steps(scheme),
-                get_scheme(scheme).scheme_class == "int8",
-            )
+            scheme, eight = self._scheme, get_scheme(self._scheme).scheme_class == "int8"
+            self._held[name] = Stored(values, original, group_of(scheme, name), signed_steps(scheme), eight)
         return self._held[name]
 
 

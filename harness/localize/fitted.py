@@ -13,10 +13,8 @@ _ENOUGH = 0.1
 
 def explained(got: np.ndarray, right: np.ndarray, bound: float) -> str:
     """What makes the right result the one shown, fitted where it is wrong at all; empty where nothing does."""
-    tokens, channels = (
-        lines if lines.size < 0.9 * n else np.arange(n)
-        for lines, n in zip(wrong_lines(got, right, bound), got.shape, strict=True)
-    )
+    lines = zip(wrong_lines(got, right, bound), got.shape, strict=True)
+    tokens, channels = (wrong if wrong.size < 0.9 * n else np.arange(n) for wrong, n in lines)
     if not tokens.size or not np.isfinite(got).all():
         return ""
     inside = np.ix_(tokens, channels)

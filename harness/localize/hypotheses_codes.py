@@ -367,6 +367,8 @@ def _bits_back(group: int) -> np.ndarray:
     return np.arange(group)[::-1]
 
 
+_SIGNED = "codes are read as two's complement"
+
 _CODES: tuple[Change, ...] = (
     Change("zero point high", "the zero point is too high by one (8 for 7)", _shifted(-1)),
     Change("zero point low", "the zero point is too low by one (7 for 8)", _shifted(1)),
@@ -383,14 +385,10 @@ _CODES: tuple[Change, ...] = (
     Change("weights negated", "its weights have the wrong sign", lambda s: -s.values),
     Change("signed nibbles 7", "nibbles are read with a sign", _signed(7)),
     Change("signed nibbles 8", "nibbles are read with a sign", _signed(8)),
-    Change("signed bytes 127", "codes of eight bits are read as two's complement", _signed(127, 256)),
-    Change("signed bytes 128", "codes of eight bits are read as two's complement", _signed(128, 256)),
+    Change("signed bytes 127", _SIGNED, _signed(127, 256)),
+    Change("signed bytes 128", _SIGNED, _signed(128, 256)),
     *(
-        Change(
-            f"signed codes less {zero}",
-            f"codes are read as two's complement, and {zero} subtracted",
-            _signed(zero, n, zero),
-        )
+        Change(f"signed codes less {zero}", f"{_SIGNED}, and {zero} subtracted", _signed(zero, n, zero))
         for zero, n in ((7, 16), (8, 16), (127, 256), (128, 256))
     ),
     Change("unsigned bytes", "signed bytes are read as unsigned", _unsigned),
