@@ -139,6 +139,14 @@ class Generating(Protocol):
 
 
 @runtime_checkable
+class Declaring(Protocol):
+    """Knows better than ``INFO`` how it computes, since it runs code that the backend did not bring."""
+
+    def declared_arithmetic(self) -> Arithmetic:
+        """What is judged by in place of that of ``INFO``; rows call it "declared, unverified"."""
+
+
+@runtime_checkable
 class Closing(Protocol):
     """Holds something that must be given back."""
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from harness.status import FAILED, PASSED
@@ -171,8 +172,12 @@ def bench(cell: Cell, model: Model, arguments: argparse.Namespace) -> Bench:
 
 
 def _check(arguments: argparse.Namespace, kind: str) -> None:
+    from backends.api import Unavailable
+
     if kind not in FORMATS:
         raise InputError(f"localize has --format {' or '.join(FORMATS)}, not {kind}")
+    if arguments.heat_map and find_spec("matplotlib") is None:
+        raise Unavailable("--heat-map needs matplotlib, which is not installed", "pip install matplotlib")
     for name, least in (("threads", 1), ("prompt_tokens", 1), ("drift", 2), ("seed", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:

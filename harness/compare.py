@@ -32,7 +32,8 @@ def max_abs(got: np.ndarray, truth: np.ndarray) -> float:
 def nrms(got: np.ndarray, truth: np.ndarray) -> float:
     """Normalised RMS error: ``rms(got - truth) / rms(truth)``; Inf where truth is all zero and got is not."""
     a, b = _pair(got, truth)
-    return _ratio(float(np.sqrt(np.mean(np.square(a - b)))), float(np.sqrt(np.mean(np.square(b)))))
+    with np.errstate(over="ignore"):  # beyond 1e154 the answer is Inf, which is large enough
+        return _ratio(float(np.sqrt(np.mean(np.square(a - b)))), float(np.sqrt(np.mean(np.square(b)))))
 
 
 def cosine(got: np.ndarray, truth: np.ndarray) -> float:

@@ -152,7 +152,8 @@ def _blocks(files: list[Path]) -> Iterator[bytes]:
                 yield block
 
 
-#: Of the gate's prompt, the last ids are drawn from the whole vocabulary: text alone never meets most of it.
+#: Of the gate's prompt, the last ids are drawn from the whole vocabulary: text alone never meets most of it. First come
+#: the last id, id 0, which is padding elsewhere, and one id twice in a row.
 SPREAD = slice(36, 48)
 
 
@@ -163,7 +164,10 @@ def gate_tokens(model: Model, n: int, seed: int = 0) -> list[int]:
     ids throughout where the tokenizer's file is not at hand.
     """
     rng = np.random.default_rng(seed)
-    drawn = [int(i) for i in rng.integers(0, model.config.n_vocab, n)]
+    last = model.config.n_vocab - 1
+    drawn = [int(i) for i in rng.integers(0, last + 1, n)]
+    if n >= SPREAD.stop:
+        drawn[SPREAD.start : SPREAD.start + 4] = [last, 0, drawn[SPREAD.start], drawn[SPREAD.start]]
     text = (EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
     start = 7919 * seed % len(text)
     try:

@@ -4,7 +4,7 @@ The checks, in the order in which a failure is most telling:
 
     decode           one token at a time: logits of every position
     prefill          the whole prompt in one call: logits of the last position
-    chunks           the prompt in uneven calls, state handed on
+    chunks           the prompt in calls of many lengths, state handed on: the logits at the end of each
     step             one token after all the others in one call: a prefill leaves the right state
     replay           an old state used once more: nobody changed or shares it
     scoring          logits of every position in one call, where the backend offers it
@@ -17,16 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from backends.api import Generating, Scoring, Session, State, StateAccess
-from harness.checks import NAN, Check, call, logits_check, problem, state_check
+from harness.checks import NAN, Check, call, logits_check, problem, state_check, worst
 from harness.tolerance import K, Truth
 
 #: Below this fraction of its bound, the declared arithmetic is looser than what the backend does.
 LOOSE = 0.02
+
+#: Lengths of the calls that a prompt is cut into. Kernels differ between short and long calls, between whole and
+#: broken tiles: every length up to 8 is there, every remainder of 8 above it, and a long one.
+CALLS = ((1, 2, 3, 4, 5, 6, 7, 8, 12), (9, 10, 11, 13, 5), (1, 16, 31), (14, 15, 19))
 
 #: Tokens that an on-device greedy loop is asked for.
 GREEDY_TOKENS = 16
@@ -67,7 +71,7 @@ def gate(session: Session, truth: Truth) -> Gate:
     checks = [
         decode,
         logits_check("prefill", whole, truth, slice(-1, None)),
-        logits_check("chunks", _chunks(session, tokens), truth, slice(-1, None)),
+        *_chunks(session, truth),
         *_step(session, truth),
         *_replay(session, truth, states),
     ]
@@ -145,13 +149,21 @@ def _steps(session: Session, tokens: Sequence[int], n_vocab: int) -> tuple[list[
     return rows, states, None
 
 
-def _chunks(session: Session, tokens: Sequence[int]) -> np.ndarray:
-    """Last logits of the prompt run in calls of 1, about a third, and the rest."""
-    cuts = sorted({0, min(1, len(tokens) - 1), 1 + len(tokens) // 3, len(tokens)})
-    logits, state = np.empty(0, np.float32), None
-    for a, b in pairwise(cuts):
-        logits, state = call(session, tokens[a:b], state)
-    return logits
+def _chunks(session: Session, truth: Truth) -> list[Check]:
+    """The prompt in calls of the lengths in each row of CALLS; of each row, the end that is nearest to failing."""
+    checks = []
+    for lengths in CALLS:
+        found, state = [], None
+        for start, end in pairwise(_cuts(lengths, len(truth.tokens))):
+            logits, state = call(session, truth.tokens[start:end], state)
+            found.append(logits_check("chunks", logits, truth, slice(end - 1, end)))
+        checks.append(worst(found))
+    return checks
+
+
+def _cuts(lengths: Sequence[int], n: int) -> list[int]:
+    """Where the calls of a prompt of ``n`` tokens begin and end; what is left over is the last call."""
+    return sorted({n, *(end for end in accumulate(lengths, initial=0) if end < n)})
 
 
 def _step(session: Session, truth: Truth) -> list[Check]:

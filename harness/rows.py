@@ -56,14 +56,13 @@ class Row:
     run, time        which run and when (ISO 8601); a measured row needs both
     cpus             the CPUs (and the memory) that its process was bound to, if it was
     unit             the metric's (:data:`METRIC_UNITS`); filled in if left empty
-    part             quality: of what a divergence is, ``weights`` as stored or ``kernel``; null: of the whole
     value, interval  median (of times) or mean, and its 95 % interval, in ``unit``
     samples          raw: nanoseconds for times and rates, the metric's own unit else
     steps            decode by ``loop``: nanoseconds of every step of every sample
     peak_bytes       growth of resident memory since before load (:mod:`harness.memory`)
     error, bound     parity: the error that is largest against its bound, and what it may be
     statistic        parity: which error that is, such as ``worst position`` (:mod:`harness.tolerance`)
-    first_bad        parity: any JSON value that says where
+    first_bad        parity, quality: any JSON value that says where
     checks           parity: every way the prompt was run, with its error and bound
     quality          on which text: name, hash of its ids, positions, context (:mod:`harness.quality.rows`)
     extra            fields this version does not know, kept and written back
@@ -90,7 +89,6 @@ class Row:
     driver: str | None = None
     workload: Workload | None = None
     metric: str
-    part: str | None = None
     unit: str = ""
     value: float | None = None
     interval: tuple[float, float] | None = None
@@ -179,13 +177,19 @@ def cell(row: Row) -> tuple[Any, ...]:
     """What was measured on what: equal for two rows that may be compared with each other."""
     return (
         *(row.backend, row.scheme, row.hardware, row.device, row.model, row.workload),
-        *(row.threads, row.isolated, row.driver),
+        *(row.threads, row.isolated, row.driver, _text(row)),
     )
 
 
+def _text(row: Row) -> str | None:
+    """Which text quality was measured on."""
+    found = (row.quality or {}).get("ids_sha256")
+    return None if found is None else str(found)
+
+
 def identity(row: Row) -> tuple[Any, ...]:
-    """Equal for two rows only if one is a copy of the other: run, time, kind, metric, part and cell."""
-    return (row.run, row.time, row.kind, row.metric, row.part, *cell(row))
+    """Equal for two rows only if one is a copy of the other: run, time, kind, metric and cell."""
+    return (row.run, row.time, row.kind, row.metric, *cell(row))
 
 
 def _plain(value: Any, at: str, not_finite: list[str]) -> Any:

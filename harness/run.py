@@ -46,11 +46,12 @@ from harness.plan import Cell, Plan, memory_needed
 from harness.rows import Row, RowError
 from harness.session import Apart, Opened, open_session
 from harness.store import StoreError
-from harness.timed_check import decode_checks, following, long_check, prefill_checks, returned_check
-from harness.tolerance import Truth, beyond_gate
+from harness.timed_check import decode_checks, prefill_checks, returned_check, timed_length
+from harness.tolerance import Truth
 from harness.trace_point import first_bad_point
 from harness.without_codec import NotComparable, has_codec, quality, truth_for
 from reference.errors import CheckpointError, InputError
+from reference.numerics import Arithmetic
 from reference.schemes import apply
 
 #: Length of the parity gate's prompt; the bound needs at least 32 positions.
@@ -109,17 +110,28 @@ def run_cell(cell: Cell, model: Model, job: Job, emit: Callable[[Row], None], te
             work.judge_and_measure(opened, base)
     except (RowError, StoreError):
         raise  # ours, not the backend's
-    except CheckpointError as error:
-        if os.environ.get(LIBRARIES.get(cell.backend, "")):
-            raise  # the model was opened: it is a library of the user's that is not one, or another model's
-        emit(replace(base, metric="parity", unit="", verdict="UNSUPPORTED", reason=one_line(str(error))))
     except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
-        verdict, reason = verdict_of(error, cell, job)
-        reason = one_line(reason)
-        metric = "parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else work.metric
-        emit(replace(base, metric=metric, unit="", verdict=verdict, reason=reason))
+        emit(failure_row(error, base, cell, job, work.metric))
     finally:
         gc.collect()
+
+
+def failure_row(error: Exception, base: Row, cell: Cell, job: Job, metric: str) -> Row:
+    """What an exception of a cell comes to; ``metric`` is what a row would have been about.
+
+    A library of the user's that is none, or another model's, is bad input: the row names it in ``first_bad``.
+    """
+    verdict, reason = verdict_of(error, cell, job)
+    library = os.environ.get(LIBRARIES.get(cell.backend, ""), "")
+    named = isinstance(error, CheckpointError) and bool(library)  # the model itself was opened before
+    return replace(
+        base,
+        metric="parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else metric,
+        unit="",
+        verdict=verdict,
+        reason=one_line(reason),
+        first_bad={"library": library} if named else None,
+    )
 
 
 def apart_of(cell: Cell, job: Job) -> Apart | None:
@@ -181,7 +193,7 @@ class _Work:
         judged, arithmetic = prompt[:GATE_TOKENS], opened.arithmetic
         truth = truth_for(session, model.weights, cell.scheme, arithmetic, judged, model.sha256)
         self.tell("parity")
-        found = _judge(cell, model, session, truth, timed, first)
+        found = _judge(cell, model, session, arithmetic, truth, timed, first)
         rows = parity_rows(base, found, truth) if known else itself_rows(base, found)
         if not found.passed:
             rows[0] = _explained(rows[0], cell, model, job, opened, truth, found)
@@ -243,15 +255,19 @@ def _first_bad(checks: Sequence[Check]) -> Check | None:
 
 
 def _judge(
-    cell: Cell, model: Model, session: Session, truth: Truth, timed: Sequence[int], first: Samples | None
+    cell: Cell,
+    model: Model,
+    session: Session,
+    arithmetic: Arithmetic,
+    truth: Truth,
+    timed: Sequence[int],
+    first: Samples | None,
 ) -> Gate:
     """The gate, the timed length, and what the first call gave."""
     found = gate(session, truth)
     checks = list(found.logits)
     if found.passed:
-        known = has_codec(cell.scheme)
-        beyond = beyond_gate(model.weights, cell.scheme, timed, following(timed), model.sha256) if known else None
-        checks.append(long_check(session, timed, truth, beyond))
+        checks.append(timed_length(session, model.weights, cell.scheme, arithmetic, timed, truth, model.sha256))
         if first is not None:
             checks.append(returned_check("first call", session, truth, first))
     return Gate(tuple(checks), found.state)

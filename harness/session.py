@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from backends.api import BackendInfo, Closing, Session, Unavailable, Unsupported
+from backends.api import BackendInfo, Closing, Declaring, Session, Unavailable, Unsupported
 from backends.index import load_backend, place
 from harness.inventory import Host
 from harness.isolation import hosts, start
@@ -29,6 +29,8 @@ from reference.weights import Weights
 class Opened:
     """A loaded session with what a row says of it.
 
+    info      of the backend; ``arithmetic_documented`` is that of ``arithmetic``
+    arithmetic  what the session declares of itself (:class:`backends.api.Declaring`), else the backend
     meter     measures it where it runs
     load_ns   the time ``load`` took
     isolated  whether it runs in a process of its own
@@ -133,8 +135,9 @@ def _opened_here(
             session, load_ns = timed_load(lambda: loaded(module, weights, scheme, device, threads, change))
             meter.session = session
             try:
-                arithmetic = module.INFO.arithmetic(scheme, device)
-                yield Opened(session, module.INFO, version(module), arithmetic, load_ns, meter)
+                told = session.declared_arithmetic() if isinstance(session, Declaring) else None
+                info, arithmetic = _declared(module.INFO, scheme, device, told)
+                yield Opened(session, info, version(module), arithmetic, load_ns, meter)
             finally:
                 if isinstance(session, Closing):
                     session.close()
@@ -159,16 +162,17 @@ class _Load:
 
 @contextmanager
 def _opened_apart(load: _Load, apart: Apart, tell: Tell) -> Iterator[Opened]:
-    info: BackendInfo = load.module.INFO
     with _line_there(load, apart, tell) if apart.host else _line_here(load, apart, tell) as (line, found):
         if load.change:
             found["change"] = dict(load.change)
         answer = line.open(tell, **found, threads=load.threads, cpus=apart.placement and str(apart.placement))
+        told = None if answer["arithmetic"] is None else Arithmetic(**answer["arithmetic"])
+        info, arithmetic = _declared(load.module.INFO, load.scheme, load.device, told)
         yield Opened(
             session=remote_session(line, answer["capabilities"]),
             info=info,
             version=answer["version"],
-            arithmetic=info.arithmetic(load.scheme, load.device),
+            arithmetic=arithmetic,
             load_ns=answer["load_ns"],
             meter=RemoteMeter(line),
             isolated=True,
@@ -177,6 +181,15 @@ def _opened_apart(load: _Load, apart: Apart, tell: Tell) -> Iterator[Opened]:
         with suppress(ChildDied, ChildTimedOut):  # it has answered all that was asked; how it ends changes nothing
             line.ask("close")
             line.child.end()
+
+
+def _declared(
+    info: BackendInfo, scheme: str, device: str, told: Arithmetic | None
+) -> tuple[BackendInfo, Arithmetic]:
+    """What a backend declares, or a session that knows better; the latter is not documented."""
+    if told is None:
+        return info, info.arithmetic(scheme, device)
+    return replace(info, arithmetic_documented=False), told
 
 
 #: A line to a started worker, and what it is to open.

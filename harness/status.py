@@ -33,6 +33,8 @@ def row_code(row: Row, named: bool) -> int:
     """What one row means; ``named``: its very cell was asked for, no part of it by ``all``."""
     if row.verdict in ("CRASHED", "TIMEOUT"):
         return CRASHED
+    if row.verdict == "UNSUPPORTED" and row.first_bad:  # a library of the user's that is not one
+        return BAD_INPUT
     if row.verdict == "FAIL":
         return FAILED
     return NOT_AVAILABLE if named and row.verdict in ("UNAVAILABLE", "UNSUPPORTED") else PASSED

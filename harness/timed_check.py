@@ -10,7 +10,10 @@ from backends.api import Session, State
 from harness.checks import Check, against, call
 from harness.measure import Samples
 from harness.parity import again, ids_check
-from harness.tolerance import Truth
+from harness.tolerance import Truth, beyond_gate, growth
+from harness.without_codec import has_codec
+from reference.numerics import Arithmetic
+from reference.weights import Weights
 
 #: Steps after the timed prompt that are judged with it.
 FOLLOWING = 4
@@ -18,24 +21,49 @@ FOLLOWING = 4
 #: How a check says that truth was not at hand.
 AGAINST_ITSELF = ", against itself in short calls only"
 
-#: The bound is known for the gate's positions. Further on, the rounding kept in the state has had longer
-#: to add up; against another run of the same backend, both sides may be off. Twice the bound allows for either.
+#: Against another run of the same backend, both sides may be off: twice the bound allows for that. Against truth
+#: farther on than the gate's positions, rounding kept in the state has had longer to add up; by how much more than
+#: this, :func:`harness.tolerance.growth` finds out.
 ALLOWANCE = 2.0
 
 
-def long_check(session: Session, prompt: Sequence[int], truth: Truth, beyond: np.ndarray | None) -> Check:
+def long_check(
+    session: Session, prompt: Sequence[int], truth: Truth, beyond: np.ndarray | None, grown: float = 1.0
+) -> Check:
     """The timed prompt in one call, then FOLLOWING single steps.
 
     beyond  truth's logits ``(1 + FOLLOWING, n_vocab)`` there; ``None`` where the reference would take too
             long: then against the same backend in calls no longer than the gate's, which finds what
             depends on the length of a call but not what depends on the position.
+    grown   how much more than at the gate's positions the arithmetic itself is off there
     """
     got = _prompt_and_steps(session, prompt, len(prompt))
     where = f"{len(prompt)} tokens in one call and {FOLLOWING} steps"
     if beyond is None:
         beyond = _prompt_and_steps(session, prompt, len(truth.tokens))
         where += AGAINST_ITSELF
-    return against("timed length", got, beyond, truth, allowance=ALLOWANCE, where=where)
+    return against("timed length", got, beyond, truth, allowance=max(ALLOWANCE, grown), where=where)
+
+
+def timed_length(
+    session: Session,
+    weights: Weights,
+    scheme: str,
+    arithmetic: Arithmetic,
+    prompt: Sequence[int],
+    truth: Truth,
+    key: str,
+) -> Check:
+    """:func:`long_check` with all that it can be held against; ``key`` is the content hash of ``weights``."""
+    steps = following(prompt)
+    beyond = beyond_gate(weights, scheme, prompt, steps, key) if has_codec(scheme) else None
+    check = long_check(session, prompt, truth, beyond)
+    if beyond is None or check.passed:
+        return check
+    # Only now, since it takes several times as long as truth does.
+    return long_check(
+        session, prompt, truth, beyond, growth(weights, scheme, arithmetic, prompt, steps, truth, beyond, key)
+    )
 
 
 def prefill_checks(session: Session, truth: Truth, timed: Samples) -> list[Check]:

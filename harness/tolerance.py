@@ -32,6 +32,7 @@ from harness.hardware import SMALL_PARAMETERS
 from reference.cache import cache_folder
 from reference.config import count_parameters
 from reference.forward import Tokens, forward
+from reference.mixed import Mixed
 from reference.numerics import UNIT_ROUNDOFF, Arithmetic
 from reference.schemes import apply
 from reference.weights import Weights
@@ -94,7 +95,7 @@ class Truth:
 
 
 def derive(
-    weights: Weights, scheme: str, arithmetic: Arithmetic, tokens: Tokens, cache_key: str | None = None
+    weights: Weights, scheme: str, arithmetic: Arithmetic | Mixed, tokens: Tokens, cache_key: str | None = None
 ) -> Truth:
     """Truth and bounds for ``tokens`` from the initial state.
 
@@ -139,7 +140,39 @@ def beyond_gate(
     return logits
 
 
-def _compute(weights: Weights, arithmetic: Arithmetic, tokens: Tokens) -> Truth:
+def growth(
+    weights: Weights,
+    scheme: str,
+    arithmetic: Arithmetic,
+    prompt: Sequence[int],
+    following: Sequence[int],
+    truth: Truth,
+    beyond: np.ndarray,
+    cache_key: str | None = None,
+) -> float:
+    """How many times e the arithmetic itself is off by at the positions of :func:`beyond_gate`; at least 1.
+
+    Rounding adds up in the state: with keys of 60 the exponents alone are off by some 4e-6 a token in float32.
+    """
+    path = _cache_path(cache_key, scheme, arithmetic, [*prompt, -2, *following]) if cache_key else None
+    cached = _load(path, ("growth",)) if path is not None else None
+    if cached is not None:
+        return float(cached["growth"])
+    found = [1.0]
+    with threadpool_limits(1, user_api="blas"):
+        stored = hold(apply(weights, scheme))
+        for seed in range(DRAWS):
+            last, state = forward(stored, prompt, arithmetic=arithmetic, seed=seed)
+            rows, _ = forward(stored, following, state, all_logits=True, arithmetic=arithmetic, seed=seed)
+            error = logits_error(np.concatenate([last[None], rows]), beyond, truth.unit)
+            found += [error.worst / truth.e_worst, error.peak / truth.e_peak]
+    factor = max(x for x in found if np.isfinite(x))
+    if path is not None:
+        _save(path, {"growth": np.float64(factor)})
+    return factor
+
+
+def _compute(weights: Weights, arithmetic: Arithmetic | Mixed, tokens: Tokens) -> Truth:
     half = max(1, len(tokens) // 2)
     first, middle = forward(weights, tokens[:half], all_logits=True, dtype=np.float64)
     logits, state = first, middle
@@ -180,7 +213,7 @@ def _reference_version() -> str:
     return digest.hexdigest()
 
 
-def _cache_path(cache_key: str, scheme: str, arithmetic: Arithmetic, tokens: Tokens) -> Path:
+def _cache_path(cache_key: str, scheme: str, arithmetic: Arithmetic | Mixed, tokens: Tokens) -> Path:
     text = repr((cache_key, scheme, arithmetic, tuple(int(t) for t in tokens), K, _reference_version(), np.__version__))
     return cache_folder() / "truth" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 

@@ -17,7 +17,7 @@
 
 Declared arithmetic, that of the kernels: values between kernels, the residual stream among them, are of the
 model's type (float16 in q*f16_*); inside a kernel, in sums of products and in WKV and its state everything is
-float32. MLC-LLM's own kernels for GPUs added up in float16.
+float32. A library that is not ours declares sums in the model's type: :func:`mlc_library.arithmetic`.
 
 ``RWKV_BENCH_TVM_LIBRARY`` names a library, or the folder it lies in, to run instead of compiling one.
 """
@@ -110,7 +110,7 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
         parameters = library.load_parameters(found, folder, device)
         mlc_library.try_step(found, parameters, folder, device)
         named = all(item.tensor for item in found.parameters)
-        return (session.WatchedSession if named else session.TvmSession)(found, parameters, device)
+        return (session.WatchedSession if named else session.MlcSession)(found, parameters, device)
     found = library.identify(opened)
     if found.scheme != scheme:
         raise Unsupported(f"{path} is compiled for {found.scheme}, not for {scheme}")

@@ -84,7 +84,7 @@ def _turned() -> str:
     for _ in range(4):
         for i in range(_SQUARE):
             halves = ", ".join(f"{source}[T.Ramp({r * _SQUARE}, 1, {_SQUARE})]" for r in (i // 2, i // 2 + 8))
-            order = [i % 2 * 8 + l // 2 + l % 2 * _SQUARE for l in range(_SQUARE)]
+            order = [i % 2 * 8 + lane // 2 + lane % 2 * _SQUARE for lane in range(_SQUARE)]
             lines.append(f"{target}[T.Ramp({i * _SQUARE}, 1, {_SQUARE})] = T.Shuffle([{halves}], {order})\n")
         source, target = target, source
     return "".join(lines)

@@ -29,10 +29,11 @@ from backends.api import Unsupported
 from backends.tvm_mlc import params
 from backends.tvm_mlc.library import Library, Opened, line_of, runtime
 from backends.tvm_mlc.states import Caches
-from backends.tvm_mlc.storage import Parameter, kept, parameters
+from backends.tvm_mlc.storage import Parameter, kept, model_dtype, parameters
 from reference.config import Config
 from reference.errors import CheckpointError
 from reference.forward import PP_START
+from reference.numerics import Arithmetic
 
 #: Rows of a layer: att_x, a, b, p, ffn_x.
 _ROWS = 5
@@ -76,6 +77,18 @@ def stored_2023(taken: list[Parameter], scheme: str) -> list[Parameter]:
             item = replace(item, shape=shape, dtype="uint16")
         found.append(item)
     return found
+
+
+def arithmetic(config: Config, scheme: str) -> Arithmetic:
+    """What its kernels declare: products are ``op.matmul`` of the model's type, which TVM adds up in that type.
+
+    A schedule may split a sum, and shorten its chain; without one it is a loop with one accumulator. WKV and its
+    state are float32 in ``create_wkv_func``. Nothing in the library tells, so it is not verified.
+    """
+    chain = max(config.n_embd, config.n_ffn)
+    if model_dtype(scheme) == "float32":
+        return Arithmetic(chain=chain)
+    return Arithmetic(activations="fp16", accumulation="fp16", residual="fp16", chain=chain)
 
 
 def _check_state(opened: Opened, config: Config) -> None:

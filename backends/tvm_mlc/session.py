@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from backends.api import State, Tap
+from backends.tvm_mlc import mlc_library
 from backends.tvm_mlc.instrument import Recorder
 from backends.tvm_mlc.library import Library, has, machine, runtime
 from backends.tvm_mlc.points import trace_points, unit
 from backends.tvm_mlc.states import Caches, Tensors
 from reference.forward import AA, ATT_X, BB, FFN_X, PP, STATE_ROWS, check_tokens
+from reference.numerics import Arithmetic
 
 #: Canonical row of each row of a state of MLC's order.
 ROWS = (ATT_X, AA, BB, PP, FFN_X)
@@ -66,7 +68,15 @@ class TvmSession:
         return [np.array(logits.numpy(), dtype=np.float32), self._states.leave(after), *more]
 
 
-class WatchedSession(TvmSession):
+class MlcSession(TvmSession):
+    """A library of MLC-LLM's: only its ABI is known of it."""
+
+    def declared_arithmetic(self) -> Arithmetic:
+        """That of ``op.matmul`` of the model's type as TVM lowers it: one accumulator of that type for a whole row."""
+        return mlc_library.arithmetic(self._library.config, self._library.scheme)
+
+
+class WatchedSession(MlcSession):
     """A library whose parameters are known by name: its trace is what is seen of its kernels from outside."""
 
     def trace(self, tokens: Sequence[int], state: State | None, tap: Tap) -> tuple[np.ndarray, State]:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from harness.isolation.frames import FrameError
+from reference.numerics import Arithmetic
 
 #: What an answer must have, by request.
 _NEEDED: Mapping[str, Sequence[str]] = {
-    "open": ("version", "capabilities", "load_ns", "cpus"),
+    "open": ("version", "capabilities", "arithmetic", "load_ns", "cpus"),
     "prepare": ("seconds",),
     "forward": ("state",),
     "trace": ("state",),
@@ -46,7 +47,17 @@ def _complete(header: Mapping[str, Any], arrays: Sequence[np.ndarray], do: str) 
         return _has(header["error"], _OF_ERRORS)
     if not _has(header.get("ok"), _NEEDED.get(do, ())):
         return False
+    if do == "open" and not _declarable(header["ok"]["arithmetic"]):
+        return False
     return do not in _WITH_ARRAY or bool(arrays) or "type" in header["ok"]
+
+
+def _declarable(told: Any) -> bool:
+    """Whether that is an :class:`Arithmetic` as plain data, or nothing."""
+    try:
+        return told is None or bool(Arithmetic(**told))
+    except (TypeError, ValueError):
+        return False
 
 
 def _has(value: Any, names: Sequence[str]) -> bool:

@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 import backends
 import harness
 import reference
-from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, Unavailable, Unsupported
+from backends.api import Closing, Declaring, Generating, Scoring, StateAccess, Traceable, Unavailable, Unsupported
 from harness.isolation import lifeline
 from harness.isolation.frames import Channel, ChannelClosed, sendable
 from harness.isolation.placement import parse, pin
@@ -126,10 +127,11 @@ class Worker:
         self.tell("loading")
         self._span = MemorySpan()
         self._session, load_ns = timed_load(lambda: loaded(module, weights, scheme, device, threads, change))
-        version = optional(module, "version")
+        version, session = optional(module, "version"), self._session
         return {
             "version": None if version is None else str(version),
-            "capabilities": [name for name, kind in CAPABILITIES.items() if isinstance(self._session, kind)],
+            "capabilities": [name for name, kind in CAPABILITIES.items() if isinstance(session, kind)],
+            "arithmetic": asdict(session.declared_arithmetic()) if isinstance(session, Declaring) else None,
             "load_ns": load_ns,
             "cpus": placed,
         }, ()

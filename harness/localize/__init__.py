@@ -21,8 +21,9 @@ from harness.localize.answer import operation_of
 from harness.localize.bad_weights import bad_weights
 from harness.localize.case import Case, Located
 from harness.localize.evidence import Opener
-from harness.localize.finding import CLEAN, LOGITS, STATE, TRACE, TRUNCATION, Finding, Fix, Seen
+from harness.localize.finding import CLEAN, LOGITS, NON_FINITE, STATE, TRACE, TRUNCATION, Finding, Fix, Seen
 from harness.localize.held import Held, from_backend
+from harness.localize.off import rms
 from harness.localize.prompt import shortest
 from harness.parity import Gate, gate
 from harness.tolerance import K, derive
@@ -77,7 +78,7 @@ def localize(
         found = places.malformed(case, judged) or _place(case, held, judged, method)
         if isinstance(found, Finding):
             return found
-        prompt = _prompt(case, held, judged)
+        prompt = _prompt(case, held, judged, found.finding)
     finding = replace(found.finding, prompt=prompt)
     finding = replace(finding, cause=found.cause) if found.cause else _explained(case, found, finding)
     return replace(finding, fix=_fix(case, finding, found) if fix else None)
@@ -117,8 +118,8 @@ def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located 
     return replace(found, finding=replace(found.finding, watched=watched, history=history))
 
 
-def _prompt(case: Case, held: Held, judged: Gate) -> tuple[int, ...]:
-    """The shortest prompt that fails as the whole one does: in one call, else token by token."""
+def _prompt(case: Case, held: Held, judged: Gate, finding: Finding) -> tuple[int, ...]:
+    """The shortest prompt that fails as the whole one does, by NaN or by error: in one call, else token by token."""
     failing = {check.name for check in judged.logits if not check.passed and "returned" not in (check.problem or "")}
     if not failing & {"decode", "prefill"}:
         return ()
@@ -126,23 +127,23 @@ def _prompt(case: Case, held: Held, judged: Gate) -> tuple[int, ...]:
     case.tell("the shortest failing prompt")
 
     def fails(tokens: Sequence[int]) -> bool:
-        return not _right(held, case, tokens, singly)
+        logits = _last(held, tokens, singly)
+        if finding.verdict == NON_FINITE or not np.isfinite(logits).all():
+            return finding.verdict == NON_FINITE and not np.isfinite(logits).all()
+        expected, _ = forward(case.stored, tokens, dtype=np.float64)
+        return not rms(logits - expected) / case.truth.unit <= K * case.truth.e_worst
 
     if not fails(case.ids):  # it fails at an earlier token only, or not every time
         return ()
-    return shortest(fails, case.ids)[0]
+    return shortest(fails, case.ids, finding.token_index)[0]
 
 
-def _right(held: Held, case: Case, tokens: Sequence[int], singly: bool) -> bool:
-    state = None
-    session = held.session
-    for token in [[token] for token in tokens] if singly else [list(tokens)]:
-        logits, state = session.forward(token, state)
-    if not np.isfinite(logits).all():
-        return False
-    expected, _ = forward(case.stored, tokens, dtype=np.float64)
-    error = float(np.sqrt(np.mean(np.square(logits - expected)))) / case.truth.unit
-    return bool(error <= K * case.truth.e_worst)
+def _last(held: Held, tokens: Sequence[int], singly: bool) -> np.ndarray:
+    state, session = None, held.session
+    logits = np.empty(0)
+    for some in [[token] for token in tokens] if singly else [list(tokens)]:
+        logits, state = session.forward(some, state)
+    return logits
 
 
 def _explained(case: Case, found: Located, finding: Finding) -> Finding:

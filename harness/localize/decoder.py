@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from harness.localize.hypotheses import Hypothesis
-from harness.localize.hypotheses_codes import CHANGES, Change, Stored
+from harness.localize.hypotheses_codes import CHANGES, Change
 from harness.localize.hypotheses_products import PRODUCTS, product
 from harness.localize.part import Compute, Unknown
+from harness.localize.stored_matrix import Stored
 from reference.errors import ConfigError
 from reference.schemes import Packed, codec_of, get_scheme
 from reference.weights import Tensor, Weights

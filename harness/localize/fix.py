@@ -12,11 +12,10 @@ The first that passes the gate on the real backend is the answer. One that only 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
-from backends.api import Session, Unavailable, Unsupported
+from backends.api import Unavailable, Unsupported
 from harness.compare import logits_error
 from harness.hardware import available_bytes
 from harness.isolation.child import ChildDied, ChildTimedOut
@@ -30,7 +29,6 @@ from harness.localize.rescaled import describe, rescaling
 from harness.localize.whatif import Outcome, emulate, excess, layer_ranges, mixed, patterns, smallest_set
 from harness.measure import MeasureError
 from harness.parity import Gate, gate
-from harness.session import Opened
 from harness.tolerance import K, Truth, derive
 from reference.mixed import Mixed
 from reference.numerics import Arithmetic
@@ -86,15 +84,14 @@ def find_fix(
             if change.change and not (isinstance(opener, Bench) and opener.adjustable):
                 raise Unsupported("the backend's arithmetic cannot be changed from here")
             tell(f"trying {change.what}")
-            judged = _judge(change, evidence, opener)
+            judged, spent = _tried(change, evidence, opener, tell)
         except _ENDS as error:
             notes.append(f"{change.what}: {error}")
             if seen is None and change.confirmed is not None and change.confirmed.finite:
                 seen = Fix(change.what, False)
             continue
         if judged.passed:
-            found = _cost(change, evidence, opener, tell)
-            return Fix(change.what, True, found, "; ".join(notes))
+            return Fix(change.what, True, spent, "; ".join(notes))
         notes.append(f"{change.what}: {judged.first_bad}")
     return seen and replace(seen, note="only emulated; " + "; ".join(notes))
 
@@ -189,16 +186,40 @@ def _other_schemes(evidence: Evidence, bench: Bench, peaks: Mapping[str, Peak]) 
         yield Change(f"scheme {scheme} ({arithmetic})", arithmetic, scheme=scheme)
 
 
-def _judge(change: Change, evidence: Evidence, opener: Opener | Bench) -> Gate:
-    """The gate on the changed backend, under the bound of what it then computes in."""
-    scheme = change.scheme or evidence.scheme
+def _tried(change: Change, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> tuple[Gate, float | None]:
+    """The gate on the changed backend, and, if it passes, decode speed over that without the change.
+
+    No speed where the backend cannot be timed here: no :class:`Bench`, no memory for both, or it breaks the timing.
+    """
+    truth = _truth(change, evidence)
     weights = change.weights or evidence.original
+    if not isinstance(opener, Bench):
+        with opener(weights) as session:
+            return gate(session, truth), None
+    with opener.open(weights, change.scheme, change.change or None) as after:
+        judged = gate(after.session, truth)
+        if not judged.passed or not _both_fit(change, evidence):
+            return judged, None
+        tell("measuring what it costs")
+        try:
+            with opener.open(evidence.original) as before:
+                return judged, cost(before, after, [int(token) for token in evidence.tokens])
+        except (*_ENDS, MeasureError):  # the fix is verified all the same
+            return judged, None
+
+
+def _truth(change: Change, evidence: Evidence) -> Truth:
+    """What the changed backend is held against: the bound follows from what it then computes in."""
     # derive() asks an arithmetic only for its type of activations and for the forward pass in it.
-    truth = derive(weights, scheme, cast(Arithmetic, change.arithmetic), evidence.tokens)
+    arithmetic = change.arithmetic
+    scheme = change.scheme or evidence.scheme
     if change.weights is not None:
+        truth = derive(change.weights, scheme, arithmetic, evidence.tokens)
         _check_same_function(truth, evidence, scheme)
-    with _opened(opener, weights, change) as session:
-        return gate(session, truth)
+        return truth
+    if change.scheme is not None:
+        return derive(evidence.original, scheme, arithmetic, evidence.tokens)
+    return derive(evidence.stored, "fp32", arithmetic, evidence.tokens)  # stored by its scheme already
 
 
 def _check_same_function(truth: Truth, evidence: Evidence, scheme: str) -> None:
@@ -207,41 +228,6 @@ def _check_same_function(truth: Truth, evidence: Evidence, scheme: str) -> None:
     error = logits_error(truth.logits, original.logits).rms
     if not error <= K * truth.e_rms:
         raise ValueError(f"the rescaled checkpoint is another function: logits off by {error:.1e} of their spread")
-
-
-@contextmanager
-def _opened(opener: Opener | Bench, weights: Weights, change: Change) -> Iterator[Session]:
-    if isinstance(opener, Bench):
-        with _bench(opener, weights, change) as opened:
-            yield opened.session
-    else:
-        with opener(weights) as session:
-            yield session
-
-
-@contextmanager
-def _bench(bench: Bench, weights: Weights, change: Change) -> Iterator[Opened]:
-    with bench.open(weights, change.scheme, change.change or None) as opened:
-        yield opened
-
-
-def _cost(change: Change, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> float | None:
-    """Decode speed with the change over that without it.
-
-    ``None`` where the backend cannot be timed here: no :class:`Bench`, no memory for both, or it breaks the timing.
-    """
-    if not isinstance(opener, Bench) or not _both_fit(change, evidence):
-        return None
-    tell("measuring what it costs")
-    prompt = [int(token) for token in evidence.tokens]
-    try:
-        with (
-            opener.open(evidence.original) as before,
-            _bench(opener, change.weights or evidence.original, change) as after,
-        ):
-            return cost(before, after, prompt)
-    except (*_ENDS, MeasureError):  # the fix is verified all the same
-        return None
 
 
 def _both_fit(change: Change, evidence: Evidence) -> bool:

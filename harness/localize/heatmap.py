@@ -15,7 +15,7 @@ STATE = {f"state.{row}": row for row in ("att_x", "bb", "aa", "ffn_x")}
 
 #: Error over bound, from which on a cell is drawn so.
 _SHADES = ((1.0, "██"), (0.5, "▒"), (0.1, "░"), (0.0, "·"))
-LEGEND = "error / bound:  · below 0.1   ░ from 0.1   ▒ from 0.5   ██ beyond   N NaN   I Inf"
+LEGEND = "error / bound:  · below 0.1  ░ from 0.1  ▒ from 0.5  ██ beyond  N NaN  I Inf"
 
 #: Columns of the layers' numbers; least of an operation.
 _LABEL, _CELL = 5, 2

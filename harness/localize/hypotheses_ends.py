@@ -80,9 +80,6 @@ def ends() -> list[Hypothesis]:
     def scaled(h: Here) -> np.ndarray:
         return np.asarray(ENDS["emb"].compute(h) * h.op.dtype.type(h.weights.config.n_embd**0.5))
 
-    def twice(h: Here) -> np.ndarray:
-        return ENDS["ln_out"].compute(h._replace(read=lambda name: ENDS["ln_out"].compute(h)))
-
     def logs(h: Here) -> np.ndarray:
         y = ENDS["logits"].compute(h)
         y = y - y.max(axis=-1, keepdims=True)
@@ -93,7 +90,6 @@ def ends() -> list[Hypothesis]:
         at("emb", "times sqrt(C)", "the embedding is multiplied by the square root of its width", scaled),
         at("logits", "probabilities", "softmax is applied to the logits", lambda h: np.exp(logs(h))),
         at("logits", "log probabilities", "log-softmax is applied to the logits", logs),
-        at("ln_out", "applied twice", "ln_out is applied twice", twice),
     ]
 
 

@@ -130,7 +130,7 @@ def place(evidence: Evidence) -> Place | None:
     found = Place(step, evidence.stored, past, evidence.arithmetic, known, others, evidence.got, right)
     if evidence.expected is None:
         found = replace(found, right=found.made(Exact(np.float64)))
-    return _narrowed(found) if step.point == "logits" else found
+    return _narrowed(found) if step.point == "logits" and found.got.shape == found.right.shape else found
 
 
 def _stream(n_layer: int, layer: int | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,14 +24,14 @@ from harness.localize.whole import ALL_ROWS, Model
 from harness.tolerance import FLOOR, K
 from reference.config import count_parameters
 from reference.forward import AA, ATT_X, BB, FFN_X, PP, forward
-from reference.numerics import UNIT_ROUNDOFF, Arithmetic
+from reference.numerics import UNIT_ROUNDOFF, Arithmetic, Exact
 from reference.operations import FIRST
 from reference.weights import Tensor, Weights
 
 #: Rows of the head that hypotheses are tried on.
 _HEAD_ROWS = 512
 #: Tokens that hypotheses are tried on first, where only logits are known.
-_EARLY = 10
+_EARLY = 8
 #: Parameters times layers up to which every layer is tried where none is known.
 _SMALL = 1 << 26
 #: Rows of the state that are compared, at one pp.
@@ -52,12 +52,12 @@ class Whole:
     state, logits  as the evidence has them; of large vocabularies, some of the logits
     """
 
-    def __init__(self, evidence: Evidence) -> None:
+    def __init__(self, evidence: Evidence, dtype: Any = np.float64) -> None:
         n_vocab = evidence.stored.config.n_vocab
         self._given = evidence
         self.ids = np.unique(np.linspace(0, n_vocab - 1, min(n_vocab, _HEAD_ROWS)).astype(int))
         self.evidence = replace(evidence, stored=self._cut(evidence.stored), original=self._cut(evidence.original))
-        self.model = Model(self.evidence.stored, evidence.tokens)
+        self.model = Model(self.evidence.stored, evidence.tokens, Exact(dtype))
         self.n_layer = evidence.stored.config.n_layer
         self.state = evidence.state
         self.logits = None if evidence.logits is None else evidence.logits[..., self.ids]
@@ -69,10 +69,10 @@ class Whole:
         return weights.map(cut)
 
     def part_of_prompt(self) -> Whole:
-        """The first tokens alone, of which the logits are known."""
+        """The first tokens alone, of which the logits are known, in float32: enough to tell near from far."""
         given = self._given
         logits = None if given.logits is None else given.logits[:_EARLY]
-        return Whole(replace(given, tokens=given.tokens[:_EARLY], logits=logits, state=None))
+        return Whole(replace(given, tokens=given.tokens[:_EARLY], logits=logits, state=None), np.float32)
 
     @cached_property
     def right(self) -> tuple[np.ndarray, np.ndarray]:

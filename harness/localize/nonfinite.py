@@ -41,16 +41,16 @@ class Candidate(NamedTuple):
 
 def non_finite(evidence: Evidence) -> str:
     """The cause of a value that is not finite; empty where all that is shown is finite."""
+    shown = [x for x in (evidence.got, evidence.logits, evidence.state) if x is not None]
+    if not any(first_non_finite(x) for x in shown):
+        return ""
     weights = _of_weights(evidence)
-    if weights:
-        return weights
-    if evidence.got is not None and first_non_finite(evidence.got):
-        found = place(evidence)
-        return "" if found is None or _reproduced(found, evidence) else _of_operation(found)
-    shown = [x for x in (evidence.logits, evidence.state) if x is not None]
-    if any(first_non_finite(x) for x in shown):
-        return _of_model(evidence)
-    return ""
+    if weights or evidence.got is None:
+        return weights or _of_model(evidence)
+    found = place(evidence)
+    if found is None or found.got.shape != found.right.shape or _reproduced(found, evidence):
+        return ""
+    return _of_operation(found)
 
 
 def _reproduced(found: Place, evidence: Evidence) -> bool:

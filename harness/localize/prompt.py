@@ -12,12 +12,12 @@ Fails = Callable[[Sequence[int]], bool]
 
 
 def shortest(
-    fails: Fails, tokens: Sequence[int], clock: Callable[[], float] = time.monotonic
+    fails: Fails, tokens: Sequence[int], near: int | None = None, clock: Callable[[], float] = time.monotonic
 ) -> tuple[tuple[int, ...], bool]:
     """A prompt that fails and of which no single token can be left out, and whether there was time to show that.
 
-    ``tokens`` itself must fail. Ends, then chunks, then single tokens are left out (Zeller and Hildebrandt,
-    "Simplifying and Isolating Failure-Inducing Input", 2002).
+    ``tokens`` itself must fail; ``near``: the position where it seems to, tried first. Then ends, chunks and single
+    tokens are left out (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", 2002).
     """
     limit = clock() + MOST_SECONDS
     known: dict[tuple[int, ...], bool] = {}
@@ -31,6 +31,10 @@ def shortest(
 
     best = [tuple(int(token) for token in tokens)]
     try:
+        for likely in [] if near is None else [best[0][near : near + 1], best[0][: near + 1]]:
+            if check(likely):
+                best[0] = likely
+                break
         _beginning(check, best)
         _complements(check, best)
     except _Enough:

@@ -1,7 +1,8 @@
 """Intervals of means over dependent positions, 95 %, without random numbers.
 
-Neighbouring positions of a text are alike, so the unit is the block: a segment of the text, or, where the state
-is carried through, a run of positions. Means of blocks are taken as independent draws:
+Neighbouring positions of a text are alike, and so are neighbouring segments: the unit is the block, some segments
+that follow one another in the text, or, where the state is carried through, a run of positions. The formulas are
+those of blocks that do not depend on one another, which those of one text do:
 
     mean, ratio     Student's t over the blocks; a ratio of sums by its linearization. This is the method of
                     batch means (B. Schmeiser, Operations Research 30, 1982: more than 30 batches gain little)
@@ -10,18 +11,21 @@ is carried through, a run of positions. Means of blocks are taken as independent
                     that would vary as the blocks do, with its correction for few blocks (E. Korn, B. Graubard,
                     Survey Methodology 24, 1998); never more than there are positions
 
-docs/quality.md has the coverage that was measured.
+Below LEAST_BLOCKS there is no interval. docs/quality.md has the coverage that was measured.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-#: Blocks of a passage whose state is carried through.
-BLOCKS = 32
+#: A passage has at most this many blocks; with fewer than LEAST_BLOCKS there is no interval.
+MOST_BLOCKS, LEAST_BLOCKS = 32, 8
+
+#: A block spans this many segment lengths of the text, read or skipped, unless that left fewer than LEAST_BLOCKS.
+SPAN = 16
 
 #: The shortest block worth the name.
 SHORTEST = 16
@@ -32,25 +36,32 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over positions, its 95 % interval and the means of its blocks."""
+    """A mean over positions, its 95 % interval (``None``: too few blocks for one) and the means of its blocks."""
 
     value: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     blocks: tuple[float, ...]
 
 
-def edges(positions: int, context: int) -> np.ndarray:
-    """First position of every block, and the end: the segments of ``context``, or runs of about equal length.
+def edges(positions: int, context: int, spacing: float = math.inf) -> np.ndarray:
+    """First position of every block, and the end.
+
+    context  positions of a segment; 0: one run, in blocks of about equal length
+    spacing  from one segment's beginning to the next, in lengths of a segment; Inf: segments are independent
 
     Raises ValueError for fewer than two blocks.
     """
     if context:
-        found = np.array([*range(0, positions, context), positions])
+        starts = np.array([*range(0, positions, context), positions])
+        segments = len(starts) - 1
+        wide = min(segments * spacing / SPAN, MOST_BLOCKS)
+        count = min(segments, max(LEAST_BLOCKS, int(wide)))
+        found = starts[np.linspace(0, segments, count + 1).astype(int)]
     else:
-        count = min(BLOCKS, positions // SHORTEST)
+        count = min(LEAST_BLOCKS, positions // SHORTEST)
         found = np.linspace(0, positions, count + 1).astype(int)
-    if len(found) < 3:
-        raise ValueError(f"{positions} positions are {len(found) - 1} block; an interval needs two")
+    if count < 2:
+        raise ValueError(f"{positions} positions are {count} block; blocks are compared with each other")
     return found
 
 
@@ -64,25 +75,49 @@ def ratio(values: np.ndarray, weights: np.ndarray, blocks: np.ndarray) -> Mean:
     top = np.add.reduceat(np.asarray(values, np.float64), blocks[:-1])
     bottom = np.add.reduceat(np.asarray(weights, np.float64), blocks[:-1])
     value = float(top.sum() / bottom.sum())
+    means = tuple(float(x) for x in top / bottom)
+    if len(means) < LEAST_BLOCKS:
+        return Mean(value, None, means)
     half = student(len(top) - 1) * _error(top, bottom, value)
-    return Mean(value, (value - half, value + half), tuple(float(x) for x in top / bottom))
+    return Mean(value, (value - half, value + half), means)
 
 
 def positive(values: np.ndarray, blocks: np.ndarray) -> Mean:
     """The mean of what cannot be negative, such as a divergence: its interval ends at zero."""
-    found = mean(values, blocks)
-    return Mean(found.value, (max(0.0, found.interval[0]), found.interval[1]), found.blocks)
+    return not_negative(mean(values, blocks))
+
+
+def not_negative(found: Mean) -> Mean:
+    """The same with an interval that ends at zero."""
+    if found.interval is None:
+        return found
+    return replace(found, interval=(max(0.0, found.interval[0]), found.interval[1]))
 
 
 def exponential(found: Mean) -> Mean:
-    """``exp`` of a mean and all that belongs to it: perplexity of a mean surprise."""
-    low, high = found.interval
-    return Mean(math.exp(found.value), (math.exp(low), math.exp(high)), tuple(math.exp(x) for x in found.blocks))
+    """``exp`` of a mean and all that belongs to it: perplexity of a mean surprise.
+
+    Inf beyond float64, which a surprise of 710 nat is; then, and where only its upper end is, without interval.
+    """
+    ends = None if found.interval is None else (exp(found.interval[0]), exp(found.interval[1]))
+    if ends is not None and not math.isfinite(ends[1]):
+        ends = None
+    return Mean(exp(found.value), ends, tuple(exp(x) for x in found.blocks))
+
+
+def exp(x: float) -> float:
+    """``e**x``; Inf where that is too large for float64."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def fraction(values: np.ndarray, blocks: np.ndarray) -> Mean:
     """Mean of ``values (n,)`` between 0 and 1."""
     found = mean(values, blocks)
+    if found.interval is None:
+        return found
     n, p = len(values), found.value
     count = len(found.blocks)
     top = np.add.reduceat(np.asarray(values, np.float64), blocks[:-1])

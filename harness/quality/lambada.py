@@ -7,6 +7,7 @@ counts where every token of `` word`` is the likeliest after those before it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from backends.api import Session, State
-from harness.checks import call, problem
+from harness.checks import call
 from harness.models import Model
 from harness.quality.passage import check_ids
-from harness.without_codec import NotComparable
+from harness.quality.scores import check_logits
 from reference.errors import InputError
 from reference.tokenizer import load_tokenizer
 
@@ -61,26 +62,29 @@ def questions(path: str, model: Model, limit: int, tokenizer: str | None = None)
     return chosen
 
 
+def sha256(asked: Sequence[Question]) -> str:
+    """Hash of what is asked: two shares of other questions are not compared."""
+    return hashlib.sha256(json.dumps([[q.prompt, q.word] for q in asked]).encode()).hexdigest()
+
+
 def answers(
     session: Session, asked: Sequence[Question], n_vocab: int, tell: Callable[[str], None] = lambda text: None
 ) -> np.ndarray:
-    """Which questions a session answers, bool ``(n,)``. Raises :class:`NotComparable` for what is no logits."""
+    """Which questions a session answers, bool ``(n,)``. Raises :class:`BadLogits`."""
     right = np.zeros(len(asked), bool)
     for i, question in enumerate(asked):
-        right[i] = _answers(session, question, n_vocab, f"question {i}")
+        right[i] = _answers(session, question, n_vocab, i)
         if i % 16 == 15:
             tell(f"LAMBADA, {i + 1} of {len(asked)}")
     return right
 
 
-def _answers(session: Session, question: Question, n_vocab: int, where: str) -> bool:
+def _answers(session: Session, question: Question, n_vocab: int, number: int) -> bool:
     state: State | None = None
     fed: Sequence[int] = question.prompt
     for token in question.word:
         logits, state = call(session, fed, state)
-        bad = problem(logits, (n_vocab,))
-        if bad is not None:
-            raise NotComparable(f"LAMBADA, {where}: {bad}")
+        check_logits(logits, (n_vocab,), {"question": number})
         if int(np.argmax(logits)) != token:
             return False
         fed = [token]

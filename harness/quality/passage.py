@@ -7,6 +7,7 @@ it do (docs/quality.md). The state starts afresh in each, so that any backend re
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Passage:
     ids, following  ``(n,)``; position t is to predict ``following[t]``
     n_bytes         ``(n,)`` bytes of what is predicted; ``None``: ids that stand for no text
     context         the state starts afresh every so many positions; 0: only at the first
+    spacing         from one segment's beginning to the next in the text, in lengths of a segment; Inf: of no text
     """
 
     name: str
@@ -50,6 +52,7 @@ class Passage:
     following: np.ndarray
     n_bytes: np.ndarray | None
     context: int
+    spacing: float = math.inf
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,11 +79,12 @@ def passage_of(
 ) -> Passage:
     """``tokens`` positions of a text file, or of the held-out text; of random ids for synthetic weights.
 
-    Fewer where the text is short. Raises InputError for a text that cannot be read, is empty or too short, holds
+    Rounded down to whole segments; fewer where the text is short. Raises InputError for a text that cannot be read, is empty or too short, holds
     what the vocabulary lacks, and for a model whose tokenizer is not at hand.
     """
     if text is None and model.weights.synthetic:
-        drawn = np.random.default_rng(seed).integers(0, model.config.n_vocab, tokens + 1)
+        whole = whole_segments(tokens, context)
+        drawn = np.random.default_rng(seed).integers(0, model.config.n_vocab, whole + 1)
         return Passage(f"random ids, seed {seed}", drawn[:-1], drawn[1:], None, context)
     path = Path(text) if text is not None else HELD_OUT
     found = load_tokenizer(tokenizer) if tokenizer else model.tokenizer()
@@ -89,7 +93,14 @@ def passage_of(
     ids, following = (np.concatenate(part) for part in zip(*segments, strict=True))
     check_ids(np.concatenate([ids, following]), model, path)
     n_bytes = np.array([len(found.decode_bytes([int(token)])) for token in following])
-    return Passage(path.name, ids, following, n_bytes, context)
+    bytes_apart = len(data) / len(segments)
+    spacing = max(1.0, bytes_apart / (float(n_bytes.sum()) / len(segments)))
+    return Passage(path.name, ids, following, n_bytes, context, spacing)
+
+
+def whole_segments(tokens: int, context: int) -> int:
+    """The positions that are used of those asked for: whole segments, at least two."""
+    return max(2, tokens // context) * context if context else tokens
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, model: Model, path: Path) -> None:
@@ -117,29 +128,32 @@ _Pair = tuple[np.ndarray, np.ndarray]
 
 def _followed(data: bytes, path: Path, tokens: int, tokenizer: Tokenizer) -> _Pair:
     """The beginning of a text: at most ``tokens`` ids and those that follow them."""
-    length = _BYTES_PER_TOKEN * (tokens + 1)
-    while True:
-        end = _character(data, length)
-        ids = _encode(tokenizer, data[:end], path)
-        # The last ids of a text that was cut are not those of the whole one.
-        ids = ids if end == len(data) else ids[: max(0, len(ids) - _WORD)]
-        if len(ids) > tokens or end == len(data):
-            break
-        length *= 4
-    _check_length(len(ids) - 1, 32, path, "")
-    found = np.array(ids[: tokens + 1])
+    found = np.array(_beginning(data, 0, tokens + 1, path, tokenizer))
+    _check_length(len(found) - 1, 32, path, "")
     return found[:-1], found[1:]
+
+
+def _beginning(data: bytes, start: int, count: int, path: Path, tokenizer: Tokenizer) -> list[int]:
+    """The first ``count`` ids from byte ``start`` on; fewer only where the text ends."""
+    length = _BYTES_PER_TOKEN * count
+    while True:
+        end = _character(data, start + length)
+        ids = _encode(tokenizer, data[start:end], path)
+        # The last ids of a text that was cut are not those of the whole one.
+        sure = len(ids) if end == len(data) else len(ids) - _WORD
+        if sure >= count or end == len(data):
+            return ids[:count]
+        length *= 4
 
 
 def _segments(data: bytes, path: Path, tokens: int, context: int, tokenizer: Tokenizer) -> list[_Pair]:
     """Segments of ``context`` positions whose beginnings are spread evenly over the text and do not overlap."""
-    wanted = max(2, tokens // context)
-    length = min(len(data), _BYTES_PER_TOKEN * (context + 1))
+    wanted = whole_segments(tokens, context) // context
     found: list[_Pair] = []
     end = 0
     for i in range(wanted):
         start = max(end, _word(data, len(data) * i // wanted))
-        ids = _encode(tokenizer, data[start : _character(data, start + length)], path)[: context + 1]
+        ids = _beginning(data, start, context + 1, path, tokenizer)
         if len(ids) <= context:  # the text ends here
             break
         end = start + len(tokenizer.decode_bytes(ids))

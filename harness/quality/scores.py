@@ -21,13 +21,21 @@ import numpy as np
 from backends.api import Scoring, Session, State
 from harness.checks import call as forward_once
 from harness.checks import problem
-from harness.compare import log_softmax
+from harness.compare import first_non_finite, log_softmax
 from harness.models import Model
 from harness.quality.baseline import WORK_ELEMENTS, call_length, log_probabilities
 from harness.quality.passage import Passage
 from harness.without_codec import NotComparable, has_codec
 
 TOP = 5
+
+
+class BadLogits(NotComparable):
+    """A session returned what is no logits. ``where``: the first bad place, for a row's ``first_bad``."""
+
+    def __init__(self, text: str, where: dict[str, int]) -> None:
+        super().__init__(text)
+        self.where = where
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class Scores:
 def score(
     session: Session, model: Model, scheme: str, passage: Passage, tell: Callable[[str], None] = lambda text: None
 ) -> Scores:
-    """Run a session over a passage beside the reference. Raises :class:`NotComparable` for what is no logits."""
+    """Run a session over a passage beside the reference. Raises :class:`BadLogits`; :class:`NotComparable` where
+    the reference itself is not finite."""
     weights, key = model.weights, model.sha256
     exact = log_probabilities(weights, "fp32", passage, key)
     known = has_codec(scheme)
@@ -83,24 +92,35 @@ def session_logits(session: Session, passage: Passage, n_vocab: int) -> Iterator
         ids = [int(token) for token in passage.ids[call.start : call.stop]]
         state = None if call.fresh else state
         if isinstance(session, Scoring):
-            rows: object = session.logits(ids, state)
+            rows = session.logits(ids, state)
+            check_logits(rows, (len(ids), n_vocab), {"position": call.start})
             if number + 1 < len(calls) and not calls[number + 1].fresh:
+                rows = rows.copy()  # a session may reuse its buffer
                 _, state = session.forward(ids, state)
-            _check(rows, (len(ids), n_vocab), call.start)
-            yield np.asarray(rows)
+            yield rows
             continue
         steps = np.empty((len(ids), n_vocab), np.float32)
         for i, token in enumerate(ids):
             logits, state = forward_once(session, [token], state)
-            _check(logits, (n_vocab,), call.start + i, f"position {call.start + i}: ")
+            check_logits(logits, (n_vocab,), {"position": call.start + i})
             steps[i] = logits
         yield steps
 
 
-def _check(logits: object, shape: tuple[int, ...], first: int, where: str = "") -> None:
-    bad = problem(logits, shape, first)
+def check_logits(logits: object, shape: tuple[int, ...], where: dict[str, int]) -> None:
+    """Raise :class:`BadLogits` for what is not float32 ``shape`` and finite.
+
+    where  name and number of the place of the first row, such as ``{"position": 3}``
+    """
+    name, first = next(iter(where.items()))
+    bad = problem(logits, shape, finite=False)
     if bad is not None:
-        raise NotComparable(f"{where}{bad}")
+        raise BadLogits(f"{name} {first}: {bad}", where)
+    found = np.asarray(logits).reshape(-1, shape[-1])
+    wrong = first_non_finite(found)
+    if wrong is not None:
+        kind, (row, token) = wrong
+        raise BadLogits(f"{name} {first + row}: {kind} at token {token}", {name: first + row, "token": token})
 
 
 def _of_call(

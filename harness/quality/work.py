@@ -16,7 +16,6 @@ from harness.budget import shortage
 from harness.cell_rows import Job, arithmetic_text, base_row, itself_rows, parity_rows, refused_row
 from harness.estimate import probe
 from harness.models import Model, gate_tokens, model_config, open_model
-from harness.names import one_line
 from harness.parity import gate
 from harness.plan import Cell, Plan, memory_needed
 from harness.quality.lambada import Question, answers, beside, questions
@@ -24,7 +23,7 @@ from harness.quality.passage import Passage, passage_of
 from harness.quality.rows import failed_rows, lambada_row, score_rows
 from harness.quality.scores import score
 from harness.rows import Row, RowError
-from harness.run import GATE_TOKENS, Emit, Tell, apart_of, verdict_of
+from harness.run import GATE_TOKENS, Emit, Tell, apart_of, failure_row
 from harness.session import Opened, open_session
 from harness.store import StoreError
 from harness.without_codec import NotComparable, has_codec, quality, truth_for
@@ -112,9 +111,7 @@ def _run_cell(cell: Cell, texts: _Texts, job: Job, emit: Callable[[Row], None], 
     except (RowError, StoreError):
         raise  # ours, not the backend's
     except Exception as error:  # noqa: BLE001 - a backend may raise anything, and the next cell must run
-        verdict, reason = verdict_of(error, cell, job)
-        metric = "parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else work.metric
-        emit(replace(base, metric=metric, unit="", verdict=verdict, reason=one_line(reason)))
+        emit(failure_row(error, base, cell, job, work.metric))
     finally:
         gc.collect()
 

@@ -18,8 +18,8 @@ from harness.models import Model, gate_tokens
 from harness.parity import Gate, gate
 from harness.plan import Cell
 from harness.session import Opened
-from harness.timed_check import following, long_check
-from harness.tolerance import K, Truth, beyond_gate
+from harness.timed_check import timed_length
+from harness.tolerance import K, Truth
 from harness.trace_point import first_bad_point
 from harness.without_codec import has_codec, quality, truth_for
 from reference.config import Config
@@ -78,9 +78,8 @@ def test_gate(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
 def test_long_prompt(cell: Cell, opened: Opened, truth: Truth, model: Model) -> None:
     """A prompt of the timed length in one call, and the steps after it, against truth."""
     prompt = gate_tokens(model, cell.workload.prompt_tokens)
-    known = has_codec(cell.scheme)
-    beyond = beyond_gate(model.weights, cell.scheme, prompt, following(prompt), model.sha256) if known else None
-    judge(cell, long_check(opened.session, prompt, truth, beyond))
+    weights, key = model.weights, model.sha256
+    judge(cell, timed_length(opened.session, weights, cell.scheme, opened.arithmetic, prompt, truth, key))
 
 
 def test_quality_where_nothing_else_can_be_judged(cell: Cell, opened: Opened, model: Model) -> None:

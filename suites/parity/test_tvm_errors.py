@@ -47,6 +47,17 @@ def compiled(_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.mark.usefixtures("_environment")
+def test_other_cells_run_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library = tmp_path / "no.so"
+    library.write_text("no library")
+    asked = ["--model", "tiny", "--quant", "q4f16_1", "--library", f"tvm={library}", "--format", "json"]
+    assert main(["parity", "--backend", "tvm,numpy", *asked]) == STATUS
+    verdicts = {row["backend"]: row["verdict"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert verdicts == {"tvm": "UNSUPPORTED", "numpy": "PASS"}
+    assert main(["quality", "--backend", "tvm", "--tokens", "256", *asked]) == STATUS
+
+
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], scheme: str = SCHEME) -> str:
     """The one thing that the command says of a library, which begins with its path."""
     asked = ["parity", "--model", "tiny", "--backend", "tvm", "--quant", scheme, "--library", f"tvm={folder}"]

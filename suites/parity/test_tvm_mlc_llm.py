@@ -20,6 +20,7 @@ from backends.tvm_mlc.mlc_library import stored_2023, taken_from
 from backends.tvm_mlc.points import trace_points
 from backends.tvm_mlc.storage import Parameter, arrays, parameters
 from harness import open_session
+from harness.cell_rows import arithmetic_text
 from harness.isolation import start
 from harness.parity import gate
 from harness.tolerance import derive
@@ -29,12 +30,15 @@ from reference.errors import CheckpointError
 from reference.numerics import Arithmetic
 from reference.schemes import apply
 from reference.synthetic import synthetic
+from reference.weights import Weights
 from suites.parity.tvm_traces import shown_as_the_reference
 
 ROOT = Path(__file__).parents[2]
 MODEL = Config(n_layer=3, n_embd=64, n_ffn=256, n_vocab=299)
 WEIGHTS = synthetic(MODEL, 4)
-SIZES = [MODEL.n_layer, MODEL.n_embd, MODEL.n_ffn, MODEL.n_vocab]
+
+#: As wide as RWKV-4 169m, where sums in float16 are off by more than float16 values with sums in float32 are.
+WIDE = synthetic(Config(n_layer=2, n_embd=768, n_ffn=3072, n_vocab=299), 4)
 
 Make = Callable[..., Path]
 
@@ -54,30 +58,32 @@ def library(_python: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Build a stand-in of a scheme and options, once; its folder."""
     made: dict[str, Path] = {}
 
-    def make(scheme: str, **options: Any) -> Path:
-        key = json.dumps([scheme, options], sort_keys=True)
+    def make(scheme: str, weights: Weights = WEIGHTS, **options: Any) -> Path:
+        config = weights.config
+        sizes = [config.n_layer, config.n_embd, config.n_ffn, config.n_vocab]
+        key = json.dumps([scheme, sizes, options], sort_keys=True)
         if key not in made:
             made[key] = folder = tmp_path_factory.mktemp("mlc")
-            asked = json.dumps({"sizes": SIZES, "scheme": scheme, "folder": str(folder), **options})
+            asked = json.dumps({"sizes": sizes, "scheme": scheme, "folder": str(folder), **options})
             script = str(ROOT / "suites" / "parity" / "mlc_stand_in.py")
             done = subprocess.run(
                 [_python, script, asked], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False
             )
             assert done.returncode == 0, done.stderr.decode()[-2000:]
-            _write(folder, scheme, options)
+            _write(folder, weights, scheme, options)
         return made[key]
 
     return make
 
 
-def _write(folder: Path, scheme: str, options: dict[str, Any]) -> None:
+def _write(folder: Path, weights: Weights, scheme: str, options: dict[str, Any]) -> None:
     """The params folder as MLC-LLM wrote it: no names, chat configuration of its keys."""
     (folder / "params").mkdir()
-    items = list(arrays(WEIGHTS, scheme, options.get("rescale_every", 0)))
+    items = list(arrays(weights, scheme, options.get("rescale_every", 0)))
     if options.get("uint16"):
         forms = stored_2023([item for item, _ in items], scheme)
         items = [(form, _five_codes(item, form, array)) for form, (item, array) in zip(forms, items, strict=True)]
-    params.write(folder / "params", iter(items), params.chat_config(WEIGHTS, scheme), "memory")
+    params.write(folder / "params", iter(items), params.chat_config(weights, scheme), "memory")
     index = folder / "params" / params.INDEX
     told = json.loads(index.read_text())
     del told["metadata"]["names"]
@@ -113,9 +119,22 @@ def test_gate(scheme: str, options: dict[str, Any], library: Make, monkeypatch: 
     tokens = prompt()
     with open_session("tvm", WEIGHTS, scheme, threads=1) as found:
         assert not isinstance(found.session, Scoring)
+        assert arithmetic_text(found) == f"{found.arithmetic} (declared, unverified)"
         checked = gate(found.session, derive(WEIGHTS, scheme, found.arithmetic, tokens))
     assert checked.passed, str(checked.first_bad)
     assert checked.state
+
+
+def test_gate_at_a_real_width(library: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right kernels of another arithmetic than ours pass by their own, and only by it."""
+    monkeypatch.setenv(backend.VARIABLE, str(library("q0f16", WIDE)))
+    tokens = prompt(12)
+    with open_session("tvm", WIDE, "q0f16", threads=1) as found:
+        assert found.arithmetic == Arithmetic("fp16", "fp16", "fp16", chain=3072)
+        checked = gate(found.session, derive(WIDE, "q0f16", found.arithmetic, tokens))
+        ours = gate(found.session, derive(WIDE, "q0f16", backend.INFO.arithmetic("q0f16", "cpu"), tokens))
+    assert checked.passed, str(checked.first_bad)
+    assert not ours.passed
 
 
 @pytest.mark.parametrize(
@@ -134,11 +153,8 @@ def test_gate(scheme: str, options: dict[str, Any], library: Make, monkeypatch: 
 def test_trace(scheme: str, options: dict[str, Any], library: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every point that is shown is the reference's, for a token and for many, from the start and from a state."""
     monkeypatch.setenv(backend.VARIABLE, str(library(scheme, **options)))
-    # Its products are plain loops with one accumulator, of the model's type.
-    half = Arithmetic("fp16", "fp16", "fp16", chain=MODEL.n_ffn)
-    arithmetic = half if "f16" in scheme else Arithmetic(chain=MODEL.n_ffn)
     with open_session("tvm", WEIGHTS, scheme, threads=1) as found:
-        names = set(shown_as_the_reference(found.session, apply(WEIGHTS, scheme), arithmetic, prompt(9)))
+        names = set(shown_as_the_reference(found.session, apply(WEIGHTS, scheme), found.arithmetic, prompt(9)))
     usual = (
         "ln1",
         "att.xk",

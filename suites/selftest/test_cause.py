@@ -298,6 +298,27 @@ def test_every_change_changes_a_matrix_of_some_scheme() -> None:
     assert untouched <= {"words of 10 turned", "first blocks of 64"}, "these rows are too short for them"
 
 
+def test_a_result_of_another_shape() -> None:
+    """With a NaN in it too: nothing is computed of it, nothing is raised."""
+    for point in ("logits", f"blocks.{LAYER}.att.k"):
+        for value in (0.0, np.nan):
+            got = np.full((32, 40), value, np.float32)
+            cause = explain(evidence(point, got, "fp32", FP32))
+            assert cause.kind == PATTERN
+            assert "has shape (32, 40) where " in cause.text
+
+
+@pytest.mark.parametrize("point", ["emb", "blocks.0.ln0", f"blocks.{LAYER}.att.wkv", f"blocks.{LAYER}.ffn.v", "logits"])
+def test_a_prompt_of_one_token(point: str) -> None:
+    case = evidence(point, shown("fp32", FP32)[point] * np.float32(1.5), "fp32", FP32)
+    assert case.inputs is not None
+    assert case.got is not None
+    assert case.expected is not None
+    first = {name: value[:1] for name, value in case.inputs.items()}
+    short = replace(case, tokens=TOKENS[:1], inputs=first, got=case.got[:1], expected=case.expected[:1])
+    assert "1.5" in explain(short).text
+
+
 def test_nothing_to_conclude_from() -> None:
     cause = explain(Evidence(ORIGINAL, stored("fp32"), "fp32", FP32, TOKENS))
     assert cause.kind == UNKNOWN

@@ -58,14 +58,13 @@ def full() -> Row:
         bound=0.75,
         first_bad={"check": "x", "where": [1, 2]},
         checks=[{"check": "x", "error": 0.5}],
-        part="kernel",
-        quality={"text": "x", "positions": 4},
+        quality={"text": "x", "ids_sha256": "ab", "positions": 4},
     )
 
 
 def test_the_fields_are_those_of_the_format() -> None:
     text = """kind run time hardware hardware_detail backend backend_version model model_sha256 synthetic config
-    scheme scheme_class arithmetic device threads isolated cpus driver workload metric part unit value interval samples
+    scheme scheme_class arithmetic device threads isolated cpus driver workload metric unit value interval samples
     peak_bytes weight_bytes roofline_fraction stopped command verdict reason error bound first_bad
     checks quality"""
     assert [name for name in FIELDS if name not in ("steps", "statistic")] == text.split()
@@ -241,4 +240,7 @@ def test_identity_and_cell() -> None:
     for change in ({"run": "r2"}, {"time": "t2"}, {"metric": "prefill"}, {"driver": "greedy"}, {"threads": 1}):
         assert identity(row(**{**vars(a), **change})) != identity(a)
     assert cell(row(**{**vars(a), "workload": Workload(1, 1)})) != cell(a)
+    other = {**vars(a), "quality": {"text": "x", "ids_sha256": "cd", "positions": 4}}
+    assert cell(row(**other)) != cell(a)  # another text is another cell
+    assert cell(row(**{**vars(a), "quality": {**(a.quality or {}), "blocks": 8}})) == cell(a)
     assert len({identity(a), identity(row())}) == 2  # hashable

@@ -20,7 +20,7 @@ from harness.localize.finding import CLEAN
 from harness.parity import gate
 from harness.session import open_session
 from harness.timed_check import following, long_check
-from harness.tolerance import Truth, beyond_gate, derive
+from harness.tolerance import Truth, beyond_gate, derive, growth
 from reference.config import Config
 from reference.numerics import Arithmetic
 from reference.schemes import SCHEMES, apply
@@ -84,19 +84,23 @@ def false_alarm(run: Clean) -> str:
     weights, tokens = draw(run)
     with opened(run, weights) as (session, arithmetic, opener):
         truth = derive(weights, run.scheme, arithmetic, tokens[: _gate_length(run)])
-        said = _said(session, truth, weights, run.scheme, tokens)
+        said = _said(session, truth, weights, run.scheme, arithmetic, tokens)
         if not said and run.localized:
             found = localize(opener, weights, run.scheme, arithmetic, list(truth.tokens), fix=False)
             said = "" if found.verdict == CLEAN else f"localized: {found.verdict} in {found.point}: {found.cause}"
     return said
 
 
-def _said(session: Session, truth: Truth, weights: Weights, scheme: str, tokens: list[int]) -> str:
+def _said(
+    session: Session, truth: Truth, weights: Weights, scheme: str, arithmetic: Arithmetic, tokens: list[int]
+) -> str:
     found = gate(session, truth)
     if not found.passed:
         return str(found.first_bad)
     beyond = beyond_gate(weights, scheme, tokens, following(tokens))
-    check = long_check(session, tokens, truth, beyond)
+    assert beyond is not None
+    grown = growth(weights, scheme, arithmetic, tokens, following(tokens), truth, beyond)
+    check = long_check(session, tokens, truth, beyond, grown)
     return "" if check.passed else str(check)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import harness.models
 from harness.models import gate_tokens, open_model
 from harness.timed_check import following
-from harness.tolerance import Truth, beyond_gate, derive
+from harness.tolerance import Truth, beyond_gate, derive, growth
 from reference.config import Config
 from reference.numerics import Arithmetic
 from reference.schemes import apply
@@ -58,6 +58,7 @@ class Subject:
 
     stored  the scheme's weights in float32
     beyond  truth's logits after the timed prompt and each of the tokens fed then
+    growth  how much more the arithmetic itself is off there
     """
 
     model: Model
@@ -67,6 +68,7 @@ class Subject:
     stored: Weights
     truth: Truth
     beyond: np.ndarray
+    growth: float
 
     @property
     def prompt(self) -> list[int]:
@@ -115,4 +117,5 @@ def subject(model: Model, kind: str, scheme: str | None = None) -> Subject:
     prompt = list(model.tokens)
     beyond = beyond_gate(model.weights, scheme, prompt, following(prompt), model.key)
     assert beyond is not None
-    return Subject(model, kind, scheme, found.arithmetic, stored, truth, beyond)
+    grown = growth(model.weights, scheme, found.arithmetic, prompt, following(prompt), truth, beyond, model.key)
+    return Subject(model, kind, scheme, found.arithmetic, stored, truth, beyond, grown)

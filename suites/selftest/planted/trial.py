@@ -172,7 +172,7 @@ class Bench:
         """What sees the fault after the gate has not."""
         truth, prompt, session = self.subject.truth, self.subject.prompt, self.open(LOGITS)
         gate(session, truth)
-        if not long_check(session, prompt, truth, self.subject.beyond).passed:
+        if not long_check(session, prompt, truth, self.subject.beyond, self.subject.growth).passed:
             return "timed length"
         state = None
         for token in (prompt * 2)[:TIMED_STEPS]:

@@ -94,7 +94,7 @@ def _uses(backend: PlantedBackend, subject: Subject, every: bool) -> Iterator[Us
         logits, _ = session.forward(tokens[-1:], state)
         yield Use(f"a step after {n} tokens", logits[None])
     yield from _chunked(session, tokens)
-    yield from _long(session, subject.prompt)
+    yield from _long(session, subject)
     yield from _handed_over(session, tokens, subject)
     if not every:
         return
@@ -139,13 +139,14 @@ def _in_turns(one: Session, other: Session, tokens: list[int], name: str) -> Ite
     yield Use(f"{name}, the other", foreign[None])
 
 
-def _long(session: Session, prompt: list[int]) -> Iterator[Use]:
+def _long(session: Session, subject: Subject) -> Iterator[Use]:
+    prompt = subject.prompt
     logits, state = session.forward(prompt, None)
     rows = [logits]
     for token in following(prompt)[:FOLLOWING]:
         logits, state = session.forward([token], state)
         rows.append(logits)
-    yield Use(f"{len(prompt)} tokens and {FOLLOWING} steps", np.stack(rows), allowance=ALLOWANCE)
+    yield Use(f"{len(prompt)} tokens and {FOLLOWING} steps", np.stack(rows), allowance=max(ALLOWANCE, subject.growth))
 
 
 def _handed_over(session: Session, tokens: list[int], subject: Subject) -> Iterator[Use]:
