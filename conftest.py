@@ -42,7 +42,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", default="tiny", help="tiny, a preset or a checkpoint path")
     group.addoption("--isolate", action="store_true", default=None, help="run each cell in a process of its own")
     group.addoption("--in-process", dest="isolate", action="store_false", help="run every cell in this process")
+    group.addoption("--slow", action="store_true", help="run the tests that take long as well (marked slow)")
     group.addoption("--threads", type=_threads, default=None, help="CPU threads (default: 1, to time: all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked slow, unless it is asked for."""
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
 
 
 def _threads(text: str) -> int:

@@ -1,8 +1,8 @@
 """MLC-LLM's ``mlc_chat_cli``, where a user has it: text for text, and the speeds that ``/stats`` prints.
 
 The program (C++, 2023-05 to 2024-02) samples by itself and shows no logits, so there is nothing to judge: no session,
-no parity, and no row that it has measured. :func:`converse` has one conversation with it; what it printed is
-recorded, as it is for a phone or by ``rwkv-bench import --from mlc-chat``.
+no parity, no row that it has measured, no arithmetic that it is known to compute in. :func:`converse` has one
+conversation with it; what it printed is recorded, as it is for a phone or by ``rwkv-bench import --from mlc-chat``.
 
 FOLDER is that of a compiled library, ``dist/MODEL-SCHEME`` of MLC-LLM's, or what ``rwkv-bench compile`` writes:
 the library, and ``params/`` with ``mlc-chat-config.json``. Until c32dbdaa (2023-08-24) the program looked for it by
@@ -16,7 +16,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,16 +34,16 @@ VARIABLE = "RWKV_BENCH_MLC_CHAT"
 
 PROGRAM = "mlc_chat_cli"
 
-#: What its GPU kernels did in float16; not documented, and never judged here.
+#: The types that the schemes' names give to weights and activations. Nothing is ever judged by them.
 _HALF = Arithmetic(activations="fp16", accumulation="fp16", residual="fp16")
 
 INFO = BackendInfo(
     name="mlc-chat",
-    description="MLC-LLM's mlc_chat_cli: text and the speeds it prints; no logits, so nothing is judged or measured",
+    description="MLC-LLM's mlc_chat_cli: text and printed speeds; no logits, no verdict, no arithmetic is claimed",
     origin="https://github.com/mlc-ai/mlc-llm, 2023-05 to 2024-02",
     devices=("cuda", "metal", "vulkan", "opencl", "rocm"),
     schemes={
-        "q0f32": Arithmetic(),
+        **dict.fromkeys(("q0f32", "q4f32_0", "q4f32_1"), Arithmetic()),
         **{
             f"q{name}": _HALF for name in ("0f16", "3f16_0", "3f16_1", "4f16_0", "4f16_1", "4f16_2", "8f16_0", "8f16_1")
         },
@@ -50,6 +54,9 @@ INFO = BackendInfo(
 
 _GET = "put mlc_chat_cli on the path, or name it in " + VARIABLE
 _USE = "talk to it with `rwkv-bench generate --backend mlc-chat --model FOLDER`, or `import --from mlc-chat`"
+
+#: It prints its options at once.
+HELP_SECONDS = 60.0
 
 #: Its own last words before the first question, and what separates a role from what it says.
 _READY, _SAYS = "System prompts finished\n", ": "
@@ -87,26 +94,46 @@ def converse(folder: str, prompt: str, device: str, seconds: float) -> tuple[str
     if device not in INFO.devices:
         raise Unsupported(f"{PROGRAM} runs on {', '.join(INFO.devices)}, not on {device}")
     found = program()
-    command = [found, *_arguments(_help(found), Path(folder), device)]
+    command = [found, *_arguments(_help(found, seconds), Path(folder), device)]
+    code, printed, complaint = _run(command, f"{prompt}\n/stats\n/exit\n", seconds)
+    if code:
+        last = (complaint or printed).strip().splitlines()[-1:]
+        raise RuntimeError(f"{PROGRAM} ended with {code}: {''.join(last)[:200]}")
+    return _parts(printed)
+
+
+def _help(found: str, seconds: float) -> str:
+    _, printed, complaint = _run([found, "--help"], "", min(seconds, HELP_SECONDS))
+    return printed + complaint
+
+
+def _run(command: Sequence[str], said: str, seconds: float) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; raises RuntimeError where it takes longer, and leaves nothing of it running."""
     try:
-        done = subprocess.run(
-            command,
-            input=f"{prompt}\n/stats\n/exit\n".encode(),
-            capture_output=True,
-            timeout=seconds,
-            check=False,
+        # A session of its own: what it has started is in its group, and ends with it.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{PROGRAM} was not done after {seconds:g} s") from None
-    if done.returncode:
-        last = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"{PROGRAM} ended with {done.returncode}: {''.join(last)[:200]}")
-    return _parts(done.stdout.decode(errors="replace").replace("\r\n", "\n"))
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} cannot be started: {error.strerror}") from None
+    with process:
+        try:
+            found = process.communicate(said.encode(), timeout=seconds)
+        except BaseException as error:
+            _kill(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RuntimeError(f"{PROGRAM} was not done after {seconds:g} s") from None
+            raise
+    printed, complaint = (text.decode(errors="replace").replace("\r\n", "\n") for text in found)
+    return process.returncode, printed, complaint
 
 
-def _help(found: str) -> str:
-    done = subprocess.run([found, "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False)
-    return done.stdout.decode(errors="replace")
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _arguments(options: str, folder: Path, device: str) -> list[str]:

@@ -255,10 +255,11 @@ def generate(arguments: Namespace) -> int:
 def _converse(backend: Conversing, prompt: str, arguments: Namespace) -> int:
     """``generate`` with a program that only talks: its answer, and recorded rows of the speeds it prints."""
     from harness.collect import store_path
-    from harness.conversation import ConversationFailed, ask
+    from harness.conversation import ConversationFailed, ask, unheard
     from harness.status import CRASHED
     from harness.store import append
 
+    say(unheard(backend))
     try:
         answer, rows = ask(backend, prompt, arguments)
     except ConversationFailed as error:

@@ -27,7 +27,7 @@ what is shown:
   KL       from the fp32 weights to the system, nat a token; of that
   weights  what storing the weights does, whoever computes
   kernel   how far the backend is from what those stored weights give
-Intervals are of 95 %, over segments of the text; docs/quality.md says how.
+Intervals are of 95 %, over blocks of the text; docs/quality.md says how.
 """
 
 #: A segment below this has no context; fewer positions than two segments have no interval.

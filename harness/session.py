@@ -183,9 +183,7 @@ def _opened_apart(load: _Load, apart: Apart, tell: Tell) -> Iterator[Opened]:
             line.child.end()
 
 
-def _declared(
-    info: BackendInfo, scheme: str, device: str, told: Arithmetic | None
-) -> tuple[BackendInfo, Arithmetic]:
+def _declared(info: BackendInfo, scheme: str, device: str, told: Arithmetic | None) -> tuple[BackendInfo, Arithmetic]:
     """What a backend declares, or a session that knows better; the latter is not documented."""
     if told is None:
         return info, info.arithmetic(scheme, device)

@@ -12,7 +12,7 @@ from reports.terminal import render
 #: Columns to do without where there is no room, the first one first.
 _SPARE = ("top-5 %", "bit/byte", "vs fp32", "ppl")
 
-#: A divergence below this is the rounding of the baseline (:mod:`harness.quality.baseline`).
+#: A divergence below this may be the rounding of the baseline (:mod:`harness.quality.baseline`).
 _NOTHING = 1e-11
 
 _NOT_RUN = ("UNAVAILABLE", "UNSUPPORTED")
@@ -54,17 +54,17 @@ def summary(rows: Sequence[Row]) -> str:
     return ", ".join([_judged(rows) if verdict == "PASS" else verdict, *figures])
 
 
-#: Column -> metric and part, in the order in which they are shown.
-_COLUMNS: dict[str, tuple[str, str | None]] = {
-    "KL": ("kl_divergence", None),
-    "weights": ("kl_divergence", "weights"),
-    "kernel": ("kl_divergence", "kernel"),
-    "top-1 %": ("top1_agreement", None),
-    "ppl": ("perplexity", None),
-    "vs fp32": ("perplexity", None),
-    "bit/byte": ("bits_per_byte", None),
-    "top-5 %": ("top5_agreement", None),
-    "LAMBADA %": ("lambada_accuracy", None),
+#: Column -> metric, in the order in which they are shown.
+_COLUMNS: dict[str, str] = {
+    "KL": "kl_divergence",
+    "weights": "kl_divergence",
+    "kernel": "kl_divergence",
+    "top-1 %": "top1_agreement",
+    "ppl": "perplexity",
+    "vs fp32": "perplexity",
+    "bit/byte": "bits_per_byte",
+    "top-5 %": "top5_agreement",
+    "LAMBADA %": "lambada_accuracy",
 }
 
 
@@ -80,23 +80,23 @@ def _by_cell(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _figures(group: Sequence[Row]) -> dict[str, str]:
     """Column -> text, of the columns that a cell has figures for."""
-    rows = {(row.metric, row.part): row for row in group if row.value is not None}
-    found: dict[str, str] = {}
-    for name, key in _COLUMNS.items():
-        row = rows.get(key)
-        if row is None or row.value is None:
-            continue
-        if name == "vs fp32":
-            found[name] = _times(row)
-        elif row.unit == "fraction":
-            found[name] = _percent(row.value, row.interval)
-        elif key == ("kl_divergence", None):
-            found[name] = _relative(_divergence(row.value), row)
-        elif name in ("weights", "kernel"):
-            found[name] = _divergence(row.value)
-        else:
-            found[name] = _relative(number(row.value), row)
-    return found
+    rows = {row.metric: row for row in group if row.value is not None}
+    found = {name: _figure(name, rows[metric]) for name, metric in _COLUMNS.items() if metric in rows}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _figure(name: str, row: Row) -> str | None:
+    """What a column shows of its row; ``None`` for a row that does not have it."""
+    if row.value is None:
+        return None
+    if name == "vs fp32":
+        return _times(row)
+    if name in ("weights", "kernel"):
+        part = (row.quality or {}).get(name)
+        return None if part is None else _divergence(part["value"])
+    if row.unit == "fraction":
+        return _percent(row.value, row.interval)
+    return _relative(_divergence(row.value) if name == "KL" else number(row.value), row)
 
 
 def _judged(group: Sequence[Row]) -> str:
@@ -131,14 +131,16 @@ def _percent(value: float, interval: tuple[float, float] | None) -> str:
     return f"{100 * value:.1f} ±{100 * max(interval[1] - value, value - interval[0]):.1f}"
 
 
-def _times(row: Row) -> str:
+def _times(row: Row) -> str | None:
     """``+0.8 ±0.3%``: how much larger a perplexity is than that of the fp32 weights on the same positions."""
     about = row.quality or {}
-    times, (low, high) = about.get("times_fp32", 1.0), about.get("times_fp32_interval", (1.0, 1.0))
-    half = max(high - times, times - low)
-    digits = 1 if half >= 5e-4 else 3
-    change = round(100 * (times - 1), digits) + 0.0  # no minus before a zero
-    return f"{change:+.{digits}f} ±{100 * half:.{digits}f}%"
+    times, interval = about.get("times_fp32"), about.get("times_fp32_interval")
+    if times is None:
+        return None
+    half = None if interval is None else max(interval[1] - times, times - interval[0])
+    digits = 1 if (abs(times - 1) if half is None else half) >= 5e-4 else 3
+    change = f"{round(100 * (times - 1), digits) + 0.0:+.{digits}f}"  # no minus before a zero
+    return f"{change}%" if half is None else f"{change} ±{100 * half:.{digits}f}%"
 
 
 def _passage(rows: Sequence[Row]) -> str:

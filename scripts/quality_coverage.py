@@ -2,9 +2,10 @@
 
     python scripts/quality_coverage.py          about ten minutes on one core
 
-The embedded model on all of its held-out text, by the reference. The text is cut into disjoint samples of 32 blocks,
-once with segments spread over it and a fresh state in each, as the command does, and once with neighbouring
-positions and the state carried through; an interval counts as right where it holds the mean over the whole text.
+The embedded model on all of its held-out text, by the reference. The text is cut into disjoint samples of 32
+segments: spread over all of it with a fresh state in each, as the command does; spread over a part of it; and
+neighbouring positions with the state carried through. An interval counts as right
+where it holds the mean over the whole text.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from reference.schemes import apply
 
 SCHEMES = ("q3f16_1", "Q4_0", "Q8_0")
 SEGMENTS = 32
+NEAR = (16, 8, 4, 1)
 CONTEXT = 128
 CALL = 256
 
@@ -34,11 +36,17 @@ def main() -> None:
         fresh = figures(ids, CONTEXT, fresh=True)
         count = len(fresh["surprise"]) // CONTEXT
         stride = count // SEGMENTS
-        tell(fresh, [spread(k, stride) for k in range(stride)], CONTEXT)
-        print(f"{SEGMENTS * CONTEXT} neighbouring positions in {SEGMENTS} blocks, state carried through")
+        tell(fresh, [spread(k, stride) for k in range(stride)], CONTEXT, stride)
+        for near in NEAR:
+            span = near * SEGMENTS
+            print(f"{SEGMENTS} segments of {CONTEXT}, one in {near}, of texts of {span * CONTEXT} positions")
+            firsts = [text * span + k for text in range(count // span) for k in range(near)]
+            texts = [np.arange(span * CONTEXT) + first // span * span * CONTEXT for first in firsts]
+            tell(fresh, [spread(first, near) for first in firsts], CONTEXT, near, texts)
+        print(f"{SEGMENTS * CONTEXT} neighbouring positions, state carried through")
         carried = figures(ids, CALL, fresh=False)
         size = SEGMENTS * CONTEXT
-        tell(carried, [np.arange(a, a + size) for a in range(0, len(carried["surprise"]) - size, size)], 0)
+        tell(carried, [np.arange(a, a + size) for a in range(0, len(carried["surprise"]) - size, size)], 0, 1)
 
 
 def spread(first: int, stride: int) -> np.ndarray:
@@ -47,15 +55,25 @@ def spread(first: int, stride: int) -> np.ndarray:
     return np.asarray((segments[:, None] * CONTEXT + np.arange(CONTEXT)).ravel())
 
 
-def tell(values: dict[str, np.ndarray], samples: list[np.ndarray], context: int) -> None:
-    """One line a figure: how many of the samples' intervals hold the mean of all."""
+def tell(
+    values: dict[str, np.ndarray],
+    samples: list[np.ndarray],
+    context: int,
+    spacing: float,
+    texts: list[np.ndarray] | None = None,
+) -> None:
+    """One line a figure: how many of the samples' intervals hold the mean of all, and of their own text."""
     for name, all_of_it in values.items():
         estimate = fraction if name.startswith("top-1") else mean
-        found = [estimate(all_of_it[sample], edges(len(sample), context)) for sample in samples]
+        found = [estimate(all_of_it[sample], edges(len(sample), context, spacing)) for sample in samples]
         whole = all_of_it.mean()
-        held = sum(one.interval[0] <= whole <= one.interval[1] for one in found)
-        half = np.mean([(one.interval[1] - one.interval[0]) / 2 / one.value for one in found])
-        print(f"  {name:<14}{held:>4} of {len(found)}   half width {100 * half:.1f} %", flush=True)
+        intervals = [one.interval for one in found if one.interval is not None]
+        held = sum(low <= whole <= high for low, high in intervals)
+        half = np.mean([(high - low) / 2 for low, high in intervals]) / whole
+        means = [all_of_it[text].mean() for text in texts or []]
+        near = sum(low <= own <= high for (low, high), own in zip(intervals, means, strict=False))
+        of_own = f", own text {near}" if texts else ""
+        print(f"  {name:<14}{held:>4} of {len(intervals)}{of_own}   half width {100 * half:.1f} %", flush=True)
 
 
 def figures(ids: np.ndarray, length: int, fresh: bool) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from harness.localize.whole import ALL_ROWS, Model
 from harness.tolerance import FLOOR, K
 from reference.config import count_parameters
 from reference.forward import AA, ATT_X, BB, FFN_X, PP, forward
-from reference.numerics import UNIT_ROUNDOFF, Arithmetic, Exact
+from reference.numerics import UNIT_ROUNDOFF, Arithmetic, Emulated, Exact
 from reference.operations import FIRST
 from reference.weights import Tensor, Weights
 
@@ -34,6 +34,8 @@ _HEAD_ROWS = 512
 _EARLY = 8
 #: Parameters times layers up to which every layer is tried where none is known.
 _SMALL = 1 << 26
+#: Hypotheses for which it is looked whether the model amplifies errors if they are true.
+_CHAOTIC = 4
 #: Rows of the state that are compared, at one pp.
 STATE = (FFN_X, ATT_X, AA, BB)
 
@@ -82,31 +84,54 @@ class Whole:
     def errors(self, trial: Trial | None, enough: float = np.inf) -> float:
         """RMS error over the rows of the state and the logits, each in its own unit, of what the backend shows.
 
-        ``None``: the right computation. Inf once a single one is so large that all together exceed ``enough``.
-        Raises :class:`Unknown` where a hypothesis does not apply.
+        ``None``: the right computation. Inf once a row of the first two layers in question is so large that all
+        together exceed ``enough``. Raises :class:`Unknown` where a hypothesis does not apply.
         """
-        n = (self.n_layer * len(STATE) if self.state is not None else 0) + (self.logits is not None)
+        return self._apart(self.state, self.logits, self.model, trial, enough)
+
+    def scatter(self, trial: Trial) -> float:
+        """Error of emulated runs of a hypothesis against itself: a wrong model may amplify errors as no right one."""
+        made, x = self.model.whole(trial.hypothesis, trial.layers)
+        logits = None if self.logits is None else self._cut_logits(self.model.logits(x, trial.hypothesis))
+        state = None if self.state is None else made
+        return max(self._apart(state, logits, drawn, trial) for drawn in self._drawn)
+
+    @cached_property
+    def _drawn(self) -> list[Model]:
+        arithmetic, tokens = self.evidence.arithmetic, self.evidence.tokens
+        return [Model(self.evidence.stored, tokens, Emulated(arithmetic, seed)) for seed in range(DRAWS)]
+
+    def _apart(
+        self,
+        state: np.ndarray | None,
+        logits: np.ndarray | None,
+        model: Model,
+        trial: Trial | None,
+        enough: float = np.inf,
+    ) -> float:
+        """How far a state and logits are from those of a model with a hypothesis."""
+        n = (self.n_layer * len(STATE) if state is not None else 0) + (logits is not None)
+        hypothesis, layers = (trial.hypothesis, trial.layers) if trial else (None, ())
         found: list[float] = []
-        rows = self.model.rows(trial.hypothesis if trial else None, trial.layers if trial else ())
+        rows = model.rows(hypothesis, layers)
         while True:
             try:
                 layer, names, values = next(rows)
             except StopIteration as end:
                 x = end.value
                 break
-            if self.state is not None:
-                found += row_errors(self.state[layer], names, values)
-                if not max(found, default=0.0) <= enough * n**0.5:
+            if state is not None:
+                found += row_errors(state[layer], names, values)
+                early = layer <= min(layers, default=0) + 1
+                if early and not max(found, default=0.0) <= enough * n**0.5:
                     return float("inf")
-        if self.logits is not None:
-            found.append(self._logits_error(self.model.logits(x, trial.hypothesis if trial else None)))
+        if logits is not None:
+            found.append(logits_error(logits, self._cut_logits(model.logits(x, hypothesis))))
         return float(np.sqrt(np.mean(np.square(found))))
 
-    def _logits_error(self, made: np.ndarray) -> float:
-        assert self.logits is not None
-        if made.shape[1] != self.ids.size:
-            made = made[:, self.ids]  # of a whole matrix in the head's place
-        return logits_error(self.logits, made)
+    def _cut_logits(self, logits: np.ndarray) -> np.ndarray:
+        """Of a whole matrix in the head's place there are more than of the head's rows that are kept."""
+        return logits if logits.shape[1] == self.ids.size else logits[:, self.ids]
 
     @cached_property
     def off(self) -> float:
@@ -166,27 +191,40 @@ def matches_of_whole(found: Whole) -> list[Match]:
     if evidence.layer is None and count_parameters(evidence.stored.config) * found.n_layer < _SMALL:
         rounds.append((operations(), range(found.n_layer)))
     for some, likely in rounds:
-        trials = (trial for hypothesis in some for trial in _trials(found, hypothesis, likely))
-        tried = [match for trial in trials if (match := _tried(found, early, trial))]
+        trials = [trial for hypothesis in some for trial in _trials(found, hypothesis, likely)]
+        near = [(error, trial) for trial in trials if (error := _error(found, early, trial)) <= FAR * found.off]
+        tried = _within(found, near)
         if tried:
             return nearest(tried)
     return []
 
 
-def _tried(found: Whole, early: Whole | None, trial: Trial) -> Match | None:
+def _within(found: Whole, near: Sequence[tuple[float, Trial]]) -> list[Match]:
+    """Those within the bound of the right computation; where there are none, the best within their own."""
     bound = K * found.unavoidable
+    right = [_match(found, trial, error, bound) for error, trial in near if error <= bound]
+    if right:
+        return right
+    best = sorted((pair for pair in near if np.isfinite(pair[0])), key=lambda pair: pair[0])[:_CHAOTIC]
+    own = [(error, trial, K * found.scatter(trial)) for error, trial in best]
+    return [_match(found, trial, error, bound) for error, trial, bound in own if error <= bound]
+
+
+def _match(found: Whole, trial: Trial, error: float, bound: float) -> Match:
+    hypothesis = trial.hypothesis
+    return Match(hypothesis.name, f"{trial.where}{hypothesis.sentence}", error, bound, found.off)
+
+
+def _error(found: Whole, early: Whole | None, trial: Trial) -> float:
+    """Of a trial; Inf where it does not apply, or is soon seen not to be it."""
     try:
         if early is not None and trial.layers:  # what exists once may depend on all tokens
             soon = early.errors(trial)
             if not (soon <= 0.5 * early.off or soon <= K * early.unavoidable):
-                return None
-        error = found.errors(trial, bound)
+                return float("inf")
+        return found.errors(trial, K * found.unavoidable)
     except Unknown:
-        return None
-    if not (error <= bound and error <= FAR * found.off):
-        return None
-    hypothesis = trial.hypothesis
-    return Match(hypothesis.name, f"{trial.where}{hypothesis.sentence}", error, bound, found.off)
+        return float("inf")
 
 
 def _trials(found: Whole, hypothesis: Hypothesis, likely: Sequence[int]) -> Iterator[Trial]:

@@ -18,6 +18,10 @@ OWN_FUNCTIONS = 8 * 2.0**-24
 COMMON = 0.125
 
 
+#: Of the RMS of all: elements below it do not count for more than one of its size.
+SMALL = 0.1
+
+
 @dataclass(frozen=True)
 class Off:
     """Distances of ``got (T, width)`` from what was expected, each over the RMS of the latter.
@@ -26,6 +30,7 @@ class Off:
     row     RMS of the worst row: what is wrong at one token
     column  RMS of the worst column: what is wrong in one channel
     peak    largest element
+    small   RMS of all elements, each over its own size (and SMALL of the RMS): what is wrong where little is expected
     factor  distance from 1 of the factor that best makes one of the other: a wrong scale under coarse rounding
     """
 
@@ -33,14 +38,16 @@ class Off:
     row: float
     column: float
     peak: float
+    small: float
     factor: float
 
-    def worst(self, bound: Off, factor: bool = True) -> tuple[float, float]:
+    def worst(self, bound: Off, alone: bool) -> tuple[float, float]:
         """The distance that is largest against its bound, and that bound. A NaN is larger than anything.
 
-        ``factor``: whether that one counts. Where results are handed on, so are the factors of earlier errors.
+        ``alone``: of one operation; only there do ``small`` and ``factor`` count. Where results are handed on, so are
+        the factors of earlier errors, and small elements are differences of large ones.
         """
-        pairs = list(zip(astuple(self), astuple(bound), strict=True))[: None if factor else -1]
+        pairs = list(zip(astuple(self), astuple(bound), strict=True))[: None if alone else -2]
         return max(pairs, key=lambda pair: _ratio(*pair))
 
 
@@ -52,7 +59,7 @@ def off(got: np.ndarray, expected: np.ndarray, unit: float | None = None) -> Off
         squares = np.square(a - b)
         power = float(np.mean(np.square(b)))
         factor = abs(float(np.mean(a * b)) / power - 1) if power > 0 else 0.0
-        return _off(squares, unit, factor)
+        return _off(squares, b, unit, factor)
 
 
 def first_place(got: np.ndarray, expected: np.ndarray, bound: Off) -> tuple[int, int]:
@@ -67,7 +74,8 @@ def first_place(got: np.ndarray, expected: np.ndarray, bound: Off) -> tuple[int,
 
 def size(expected: np.ndarray, unit: float | None = None) -> Off:
     """What a relative error of 1 of every element comes to in each of the distances."""
-    return _off(np.square(np.asarray(expected, dtype=np.float64)), rms(expected) if unit is None else unit, 1.0)
+    b = np.asarray(expected, dtype=np.float64)
+    return _off(np.square(b), b, rms(b) if unit is None else unit, 1.0)
 
 
 def allowed(drawn: Sequence[Off], least: Off, roundings: float) -> Off:
@@ -114,14 +122,18 @@ def rms(x: np.ndarray) -> float:
 _NAMES = tuple(field.name for field in fields(Off))
 
 
-def _off(squares: np.ndarray, unit: float, factor: float) -> Off:
+def _off(squares: np.ndarray, expected: np.ndarray, unit: float, factor: float) -> Off:
     """From squared differences ``(T, width)``."""
+    sizes = np.square(np.abs(expected) + SMALL * unit)
+    small = np.divide(squares, sizes, out=np.zeros_like(squares), where=squares != 0).mean()
     rows, columns = squares.mean(axis=1), squares.mean(axis=0)
 
     def over(square: float) -> float:
         return _over(float(np.sqrt(square)), unit)
 
-    return Off(over(rows.mean()), over(rows.max()), over(columns.max()), over(squares.max()), factor)
+    return Off(
+        over(rows.mean()), over(rows.max()), over(columns.max()), over(squares.max()), float(np.sqrt(small)), factor
+    )
 
 
 def _over(error: float, unit: float) -> float:

@@ -46,7 +46,10 @@ def by_trace(case: Case, held: Held, judged: Gate) -> Looked:
         return Looked(why="its trace has no points")
     same, notes = watched.compared(session, case.truth, np.asarray(whole.logits))
     found = start(whole)
-    if found is not None:
+    if found is not None and judged.passed and not (whole.local or whole.non_finite):
+        text = f"{found.step.point} is off by {found.error:.1e}, bound {found.bound:.1e}"
+        notes.append(f"{text}, but no operation is wrong by itself, and logits and state are right")
+    elif found is not None:
         located = _traced(case, whole, found, (*notes, *whole.notes))
         return Looked(located, tuple(whole.seen), same)
     history = tuple(whole.seen)
@@ -126,7 +129,7 @@ def by_state(case: Case, held: Held, judged: Gate) -> Looked:
         seen = state.compare(shown, case.stored, case.arithmetic, case.tokens)
         history = history or tuple(seen)
         bad = _first_bad(seen)
-        if bad is not None:
+        if bad is not None and (not judged.passed or bad.problem or bad.locally_bad):
             notes = () if look is state.token_by_token else ("one token at a time it is right; this is in one call",)
             return Looked(_of_state(case, seen, bad, shown, notes), tuple(seen))
         if judged.passed:

@@ -143,7 +143,7 @@ def _row(
         return replace(seen, got=largest(own[:, row]), problem=bad[0], token=bad[1][0], channel=bad[1][1])
     mine, *others = (at_exponent(x, right[:, PP])[:, row] for x in (own, *drawn))
     bound = allowed([off(x, expected) for x in others], size(expected), floor)
-    error = off(mine, expected).worst(bound, factor=False)
+    error = off(mine, expected).worst(bound, alone=False)
     token, channel = first_place(mine, expected, bound)
     seen = replace(seen, got=largest(mine), error=error[0], bound=error[1], token=token, channel=channel)
     exact = follows[0]
@@ -151,7 +151,7 @@ def _row(
         return seen
     mine, *others = (at_exponent(x, exact[:, PP])[:, row] for x in (own, *(x for x in follows[1:] if x is not None)))
     bound = allowed([off(x, exact[:, row]) for x in others], size(exact[:, row]), roundings)
-    local = off(mine, exact[:, row]).worst(bound)
+    local = off(mine, exact[:, row]).worst(bound, alone=True)
     seen = replace(seen, local=local[0], local_bound=local[1])
     if seen.locally_bad:
         token, channel = first_place(mine, exact[:, row], bound)
@@ -164,7 +164,7 @@ def _logits(got: np.ndarray, expected: np.ndarray, drawn: Sequence[np.ndarray], 
     if bad:
         return replace(seen, problem=bad[0], token=bad[1][0], channel=bad[1][1])
     bound = allowed([off(x, expected) for x in drawn], size(expected), floor)
-    error = off(got, expected).worst(bound, factor=False)
+    error = off(got, expected).worst(bound, alone=False)
     token, channel = first_place(got, expected, bound)
     return replace(seen, error=error[0], bound=error[1], token=token, channel=channel)
 

@@ -197,14 +197,14 @@ class _Watch:
         got, expected = self._shown[step.point], made.truth[step.point]
         floor = FLOOR * UNIT_ROUNDOFF[self._arithmetic.activations]
         bound = allowed([off(draw[step.point], expected) for draw in made.drawn], size(expected), floor)
-        error = off(got, expected).worst(bound, factor=False)
+        error = off(got, expected).worst(bound, alone=False)
         seen = replace(seen, got=largest(got), error=error[0], bound=error[1])
         token, channel = first_place(got, expected, bound)
         if finite(made.exact.read(name) for name in step.inputs):
             follows = made.exact.made(step)
             drawn = [off(run.made(step), follows) for run in made.runs]
             bound = allowed(drawn, size(follows), rounding(self._arithmetic, step.point))
-            local = off(got, follows).worst(bound)
+            local = off(got, follows).worst(bound, alone=True)
             seen = replace(seen, local=local[0], local_bound=local[1])
             if seen.locally_bad:
                 token, channel = first_place(got, follows, bound)
@@ -228,7 +228,7 @@ class _Watch:
             if bad:
                 seen = replace(seen, problem=bad[0], channel=bad[1][0])
             else:
-                error = off(mine, expected).worst(bound)
+                error = off(mine, expected).worst(bound, alone=True)
                 seen = replace(
                     seen, local=error[0], local_bound=error[1], channel=first_place(mine, expected, bound)[1]
                 )

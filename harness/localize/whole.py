@@ -101,6 +101,17 @@ class Model:
             x = part("ffn.residual")
         return x
 
+    def whole(self, hypothesis: Hypothesis | None, layers: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The state after the prompt, and the stream that is left."""
+        state = np.empty_like(self.state)
+        rows = self.rows(hypothesis, layers)
+        while True:
+            try:
+                layer, names, values = next(rows)
+            except StopIteration as end:
+                return state, end.value
+            state[layer, list(names)] = values
+
     def logits(self, x: np.ndarray, hypothesis: Hypothesis | None = None) -> np.ndarray:
         """Of the stream ``(T, C)`` that leaves the last layer: ``(T, n_vocab)``."""
         return self._part(None, x, hypothesis)("logits")

@@ -62,7 +62,7 @@ def edges(positions: int, context: int, spacing: float = math.inf) -> np.ndarray
         found = np.linspace(0, positions, count + 1).astype(int)
     if count < 2:
         raise ValueError(f"{positions} positions are {count} block; blocks are compared with each other")
-    return found
+    return np.asarray(found)
 
 
 def mean(values: np.ndarray, blocks: np.ndarray) -> Mean:

@@ -79,8 +79,9 @@ def passage_of(
 ) -> Passage:
     """``tokens`` positions of a text file, or of the held-out text; of random ids for synthetic weights.
 
-    Rounded down to whole segments; fewer where the text is short. Raises InputError for a text that cannot be read, is empty or too short, holds
-    what the vocabulary lacks, and for a model whose tokenizer is not at hand.
+    Rounded down to whole segments; fewer where the text is short. Raises InputError for a text that cannot be
+    read, is empty or too short, holds what the vocabulary lacks, and for a model whose tokenizer is not at
+    hand.
     """
     if text is None and model.weights.synthetic:
         whole = whole_segments(tokens, context)

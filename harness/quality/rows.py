@@ -10,15 +10,23 @@ from typing import Any
 import numpy as np
 
 from harness.measure import Workload
-from harness.quality.intervals import Mean, edges, exponential, fraction, mean, positive, ratio, wilson
+from harness.quality.intervals import (
+    Mean,
+    edges,
+    exp,
+    exponential,
+    fraction,
+    mean,
+    not_negative,
+    positive,
+    ratio,
+    wilson,
+)
 from harness.quality.passage import Passage
-from harness.quality.scores import Scores
+from harness.quality.scores import BadLogits, Scores
 from harness.rows import METRIC_UNITS, Row
+from harness.without_codec import NotComparable
 
-#: Parts of a divergence: what the stored weights alone do, and how far the kernel is from computing with them.
-WEIGHTS, KERNEL = "weights", "kernel"
-
-#: Metrics of a passage, and which part of a divergence each row is of.
 METRICS = ("perplexity", "bits_per_byte", "kl_divergence", "top1_agreement", "top5_agreement")
 
 SYNTHETIC = "synthetic weights: this says nothing of any text, only divergence and agreement mean something"
@@ -26,36 +34,40 @@ SYNTHETIC = "synthetic weights: this says nothing of any text, only divergence a
 
 def score_rows(base: Row, passage: Passage, scores: Scores, bad: str | None) -> list[Row]:
     """The rows of one session on one passage. ``bad``: why its kernel, and so no figure of it, passes."""
-    blocks = edges(len(passage), passage.context)
+    blocks = edges(len(passage), passage.context, passage.spacing)
     about = described(passage, len(blocks) - 1)
-    surprise = mean(scores.nll, blocks)
-    change = mean(scores.nll - scores.nll_fp32, blocks)
-    fp32 = float(np.mean(scores.nll_fp32))
-    beside = {**about, "fp32": math.exp(fp32), **_change(change)}
-    found: list[tuple[str, Mean, dict[str, Any], str | None]] = [("perplexity", exponential(surprise), beside, None)]
+    surprise = positive(scores.nll, blocks)
+    change = exponential(mean(scores.nll - scores.nll_fp32, blocks))
+    fp32 = exp(float(np.mean(scores.nll_fp32)))
+    beside = {
+        "fp32": _finite(fp32),
+        "times_fp32": _finite(change.value),
+        "times_fp32_interval": None if change.interval is None else list(change.interval),
+    }
+    found = [_row(base, "perplexity", exponential(surprise), {**about, **beside}, bad)]
     if passage.n_bytes is not None:
-        bits = ratio(scores.nll / math.log(2), passage.n_bytes, blocks)
+        bits = not_negative(ratio(scores.nll / math.log(2), passage.n_bytes, blocks))
         known = float(np.sum(scores.nll_fp32) / math.log(2) / np.sum(passage.n_bytes))
-        found.append(("bits_per_byte", bits, {**about, "fp32": known}, None))
-    for part, values in ((None, scores.kl), (WEIGHTS, scores.kl_weights), (KERNEL, scores.kl_kernel)):
-        if values is not None:
-            found.append(("kl_divergence", positive(values, blocks), about, part))
-    found += [
-        ("top1_agreement", fraction(scores.top1, blocks), about, None),
-        ("top5_agreement", fraction(scores.top5, blocks), about, None),
+        found.append(_row(base, "bits_per_byte", bits, {**about, "fp32": known}, bad))
+    parts = {"weights": scores.kl_weights, "kernel": scores.kl_kernel}
+    shares = {name: _share(positive(values, blocks)) for name, values in parts.items() if values is not None}
+    return [
+        *found,
+        _row(base, "kl_divergence", positive(scores.kl, blocks), {**about, **shares}, bad),
+        _row(base, "top1_agreement", fraction(scores.top1, blocks), about, bad),
+        _row(base, "top5_agreement", fraction(scores.top5, blocks), about, bad),
     ]
-    return [_row(base, passage, *what, bad) for what in found]
 
 
-def failed_rows(base: Row, passage: Passage, why: str) -> list[Row]:
+def failed_rows(base: Row, passage: Passage, error: NotComparable) -> list[Row]:
     """Every metric of a passage, with the reason why it has no figure."""
-    row = replace(base, workload=Workload(len(passage), 0), verdict="FAIL", reason=why, quality=described(passage))
+    row = replace(base, workload=Workload(len(passage), 0), quality=described(passage))
     metrics = [m for m in METRICS if m != "bits_per_byte" or passage.n_bytes is not None]
-    return [replace(row, metric=metric, unit="") for metric in metrics]
+    return [_failed(row, metric, error) for metric in metrics]
 
 
-def lambada_row(base: Row, right: Sequence[bool] | np.ndarray, name: str, bad: str | None) -> Row:
-    """The share of questions that were answered; they are of different books, so each counts as independent."""
+def lambada_row(base: Row, right: Sequence[bool] | np.ndarray, about: dict[str, Any], bad: str | None) -> Row:
+    """The share of questions that were answered, each taken as a trial of its own."""
     share = float(np.mean(right))
     return replace(
         base,
@@ -67,8 +79,13 @@ def lambada_row(base: Row, right: Sequence[bool] | np.ndarray, name: str, bad: s
         value=share,
         interval=wilson(share, len(right)),
         samples=tuple(float(x) for x in right),
-        quality={"text": name, "documents": len(right)},
+        quality=about,
     )
+
+
+def failed_lambada(base: Row, about: dict[str, Any], error: NotComparable) -> Row:
+    """The row of questions that gave no figure."""
+    return _failed(replace(base, workload=None, quality=about), "lambada_accuracy", error)
 
 
 def described(passage: Passage, blocks: int | None = None) -> dict[str, Any]:
@@ -77,26 +94,32 @@ def described(passage: Passage, blocks: int | None = None) -> dict[str, Any]:
     return about if blocks is None else {**about, "blocks": blocks}
 
 
-def _row(
-    base: Row, passage: Passage, metric: str, found: Mean, about: dict[str, Any], part: str | None, bad: str | None
-) -> Row:
+def _failed(row: Row, metric: str, error: NotComparable) -> Row:
+    where = error.where if isinstance(error, BadLogits) else None
+    return replace(row, metric=metric, unit="", verdict="FAIL", reason=str(error), first_bad=where)
+
+
+def _row(base: Row, metric: str, found: Mean, about: dict[str, Any], bad: str | None) -> Row:
     meaningless = base.synthetic and metric in ("perplexity", "bits_per_byte")
+    value = _finite(found.value)
+    large = f"{metric} is beyond float64: the text is all but impossible to this backend" if value is None else None
     return replace(
         base,
         metric=metric,
         unit=METRIC_UNITS[metric],
-        part=part,
-        workload=Workload(len(passage), 0),
-        value=found.value,
+        workload=Workload(about["positions"], 0),
+        value=value,
         interval=found.interval,
-        samples=found.blocks,
-        verdict="PASS" if bad is None else "FAIL",
-        reason="; ".join(filter(None, (bad, SYNTHETIC if meaningless else None))) or None,
+        samples=found.blocks if np.isfinite(found.blocks).all() else None,
+        verdict="PASS" if bad is None and large is None else "FAIL",
+        reason="; ".join(filter(None, (bad, large, SYNTHETIC if meaningless else None))) or None,
         quality=about,
     )
 
 
-def _change(found: Mean) -> dict[str, Any]:
-    """How many times as large a perplexity is as the fp32 weights' on the same positions, and the interval of that."""
-    low, high = found.interval
-    return {"times_fp32": math.exp(found.value), "times_fp32_interval": [math.exp(low), math.exp(high)]}
+def _share(found: Mean) -> dict[str, Any]:
+    return {"value": found.value, "interval": None if found.interval is None else list(found.interval)}
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

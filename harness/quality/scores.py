@@ -21,7 +21,7 @@ import numpy as np
 from backends.api import Scoring, Session, State
 from harness.checks import call as forward_once
 from harness.checks import problem
-from harness.compare import first_non_finite, log_softmax
+from harness.compare import log_softmax
 from harness.models import Model
 from harness.quality.baseline import WORK_ELEMENTS, call_length, log_probabilities
 from harness.quality.passage import Passage
@@ -117,9 +117,10 @@ def check_logits(logits: object, shape: tuple[int, ...], where: dict[str, int]) 
     if bad is not None:
         raise BadLogits(f"{name} {first}: {bad}", where)
     found = np.asarray(logits).reshape(-1, shape[-1])
-    wrong = first_non_finite(found)
-    if wrong is not None:
-        kind, (row, token) = wrong
+    wrong = np.argwhere(~np.isfinite(found))
+    if len(wrong):
+        row, token = (int(i) for i in wrong[0])
+        kind = "NaN" if np.isnan(found[row, token]) else "Inf"
         raise BadLogits(f"{name} {first + row}: {kind} at token {token}", {name: first + row, "token": token})
 
 

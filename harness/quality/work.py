@@ -14,13 +14,14 @@ from pathlib import Path
 
 from harness.budget import shortage
 from harness.cell_rows import Job, arithmetic_text, base_row, itself_rows, parity_rows, refused_row
+from harness.console import say
 from harness.estimate import probe
 from harness.models import Model, gate_tokens, model_config, open_model
 from harness.parity import gate
 from harness.plan import Cell, Plan, memory_needed
-from harness.quality.lambada import Question, answers, beside, questions
-from harness.quality.passage import Passage, passage_of
-from harness.quality.rows import failed_rows, lambada_row, score_rows
+from harness.quality.lambada import Question, answers, beside, questions, sha256
+from harness.quality.passage import Passage, passage_of, whole_segments
+from harness.quality.rows import failed_lambada, failed_rows, lambada_row, score_rows
 from harness.quality.scores import score
 from harness.rows import Row, RowError
 from harness.run import GATE_TOKENS, Emit, Tell, apart_of, failure_row
@@ -89,6 +90,10 @@ def run(plan: Plan, job: Job, asked: Asked, emit: Emit, tell: Tell) -> None:
 def _texts(name: str, asked: Asked, seed: int) -> _Texts:
     model = open_model(name, seed)
     passage = passage_of(model, asked.text, asked.tokens, asked.context, asked.tokenizer, seed)
+    if len(passage) < asked.tokens:
+        whole = whole_segments(asked.tokens, asked.context)
+        why = "the text has no more" if len(passage) < whole else f"whole segments of {asked.context}"
+        say(f"{name}: {len(passage)} positions of {asked.tokens} asked for, {why}")
     data = asked.data or beside(model)
     last_words = questions(data, model, asked.documents, asked.tokenizer) if data else []
     return _Texts(model, passage, last_words, Path(data or "").name)
@@ -142,16 +147,26 @@ class _Work:
         try:
             scores = score(opened.session, model, cell.scheme, passage, self.tell)
         except NotComparable as error:
-            for row in failed_rows(base, passage, str(error)):
-                self.emit(row)
-            return
-        for row in score_rows(base, passage, scores, bad):
+            rows = failed_rows(base, passage, error)
+        else:
+            rows = score_rows(base, passage, scores, bad)
+        for row in rows:
             self.emit(row)
         if self.texts.asked:
-            self.metric = "lambada_accuracy"
-            self.tell("LAMBADA")
-            right = answers(opened.session, self.texts.asked, model.config.n_vocab, self.tell)
-            self.emit(lambada_row(base, right, self.texts.data, bad))
+            self._last_words(opened, base, bad)
+
+    def _last_words(self, opened: Opened, base: Row, bad: str | None) -> None:
+        """Emit the row of LAMBADA."""
+        self.metric = "lambada_accuracy"
+        self.tell("LAMBADA")
+        asked = self.texts.asked
+        about = {"text": self.texts.data, "ids_sha256": sha256(asked), "documents": len(asked)}
+        try:
+            right = answers(opened.session, asked, self.texts.model.config.n_vocab, self.tell)
+        except NotComparable as error:
+            self.emit(failed_lambada(base, about, error))
+        else:
+            self.emit(lambada_row(base, right, about, bad))
 
     def _judge(self, opened: Opened, base: Row) -> str | None:
         """Emit the verdict on the kernel; why it, and so no figure of it, passes, if it does not."""

@@ -39,8 +39,20 @@ PLANTED: list[tuple[str, int | None]] = [
 ]
 PLANTED += [(name, None) for name in ENDS]
 
+#: Of those, what runs without ``--slow``: one of each kind of fix.
+QUICK = ("ffn.k2", "att.residual", "logits")
+
 each_plant = pytest.mark.parametrize(("name", "layer"), PLANTED, ids=[f"{name}-{layer}" for name, layer in PLANTED])
-each_backend = pytest.mark.parametrize("backend", UNFUSED, ids=["torch", "emulated"])
+most_plants_slowly = pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        pytest.param(name, layer, id=f"{name}-{layer}", marks=() if name in QUICK else pytest.mark.slow)
+        for name, layer in PLANTED
+    ],
+)
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param("torch", id="torch"), pytest.param(EMULATED, id="emulated", marks=pytest.mark.slow)]
+)
 
 
 @cache
@@ -85,12 +97,13 @@ def _note(found: list[str], name: str, x: np.ndarray) -> None:
 
 
 @each_backend
-@each_plant
+@most_plants_slowly
 def test_localization_names_it_and_the_fix_restores_parity(backend: str, name: str, layer: int | None) -> None:
     applies(backend, name)
     judge(backend, UNFUSED[backend], "small", name, layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), [("ffn.k2", 0), ("att.residual", 4), ("logits", None)])
 def test_in_the_embedded_model(name: str, layer: int | None) -> None:
     judge("torch", "fp16", "tiny", name, layer)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from backends import mlc_chat_cli as backend
 from backends.api import Unavailable, Unsupported
 from harness.cli import main
-from harness.conversation import Conversing, recorded
+from harness.conversation import Conversing, ask, recorded, unheard
 from harness.store import read
 from reference.config import Config
 from reference.errors import CheckpointError, InputError
@@ -75,6 +80,50 @@ def test_a_conversation(options: list[str], stats: str, place: Path) -> None:
     old = {"--local-id": "rwkv-3b-q4f16_1", "--artifact-path": str(place), "--device-name": "cuda"}
     new = {"--model": str(folder / "params"), "--model-lib-path": str(folder / "rwkv-3b-q4f16_1-cuda.so")}
     assert json.loads((place / "told.json").read_text()) == (old if options is OLD else {**new, "--device": "cuda"})
+
+
+def test_nothing_of_it_is_left_running(place: Path) -> None:
+    """Neither what it has started, where it hangs, nor itself, where it hangs before it is asked anything."""
+    started = place / "started"
+    sleeper = f"[{sys.executable!r}, '-c', 'import time; time.sleep(600)']"
+    child = f"import subprocess, time; p = subprocess.Popen({sleeper}); open({str(started)!r}, 'w').write(str(p.pid))"
+    stand_in(place, NEW, first=f"{child}; time.sleep(600)")
+    with pytest.raises(RuntimeError, match="not done after 2 s"):
+        backend.converse(str(place / "rwkv-3b-q4f16_1"), "hello", "cuda", 2)
+    for _ in range(100):
+        if not psutil.pid_exists(number := int(started.read_text())) or psutil.Process(number).status() == "zombie":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what it has started still runs")
+    (place / "mlc_chat_cli").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(600)\n")
+    with pytest.raises(RuntimeError, match=r"not done after 0\.5 s"):
+        backend.converse(str(place / "rwkv-3b-q4f16_1"), "hello", "cuda", 0.5)
+    (place / "mlc_chat_cli").write_bytes(b"\x7fELF not a program")
+    with pytest.raises(RuntimeError, match="cannot be started"):
+        backend.converse(str(place / "rwkv-3b-q4f16_1"), "hello", "cuda", 60)
+
+
+class Other:
+    """A backend of somebody else's that talks."""
+
+    INFO = replace(backend.INFO, name="other-chat")
+
+    def converse(self, folder: str, prompt: str, device: str, seconds: float) -> tuple[str, str]:
+        return "yes", STATS
+
+
+def test_a_backend_of_somebody_elses(place: Path) -> None:
+    """It names what reads its speeds; where nothing does, that is said before it runs."""
+    given = Namespace(model=str(place), quant="q4f16_1", device="cuda", backend="other.py")
+    with pytest.raises(InputError, match="other-chat: no speeds of 'other-chat' can be read; its PRINTED may name"):
+        ask(Other(), "hello", given)
+    named = Other()
+    named.PRINTED = "mlc-chat"  # type: ignore[attr-defined]
+    answer, rows = ask(named, "hello", given)
+    assert (answer, [row.value for row in rows]) == ("yes", [362.7, 72.4])
+    assert {row.backend for row in rows} == {"other-chat"}
+    assert unheard(named) == "other-chat samples by itself: --tokens, --temperature, --top-p, --seed do not apply to it"
 
 
 def test_its_figures_are_recorded_ones() -> None:
@@ -158,6 +207,12 @@ def test_generate_shows_its_answer_and_records_its_figures(
         ("recorded", "prefill", 362.7),
         ("recorded", "decode", 72.4),
     ]
+    assert {row.model for row in rows} == {"rwkv-3b-q4f16_1"}
+    command = str(rows[0].command)
+    assert shlex.split(command)[-2:] == ["--", "What is this?"]
+    monkeypatch.chdir(place / "rwkv-3b-q4f16_1")
+    assert main([*shlex.split(command.replace(asked[4], "."))[1:]]) == 0
+    assert {row.model for row in read(place / "state" / "rwkv-bench" / "rows.jsonl")} == {"rwkv-3b-q4f16_1"}
     stand_in(place, NEW, first="sys.exit('CUDA: out of memory')")
     assert main([*asked, "--quant", "q4f16_1", "What is this?"]) == 4
     assert "ended with 1: CUDA: out of memory" in capsys.readouterr().err

@@ -22,6 +22,8 @@ from backends.tvm_mlc.storage import Parameter, arrays, parameters
 from harness import open_session
 from harness.cell_rows import arithmetic_text
 from harness.isolation import start
+from harness.isolation.answers import check_answer
+from harness.isolation.frames import FrameError
 from harness.parity import gate
 from harness.tolerance import derive
 from harness.trace_point import first_bad_point
@@ -185,6 +187,94 @@ def test_first_bad_point_of_a_fault(library: Make, monkeypatch: pytest.MonkeyPat
         bad = first_bad_point(found.session, other, arithmetic, tokens)
     assert bad is not None
     assert bad.name == "blocks.1.att.v"
+
+
+DECLARING = """
+from backends.numpy_reference import INFO, load as numpy_load
+from reference.numerics import Arithmetic
+
+def load(checkpoint, scheme, device, threads):
+    session = numpy_load(checkpoint, scheme, device, threads)
+    session.declared_arithmetic = lambda: Arithmetic("fp16", "fp16", "fp16", chain=64)
+    return session
+"""
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_session_that_knows_better(isolate: bool, tmp_path: Path) -> None:
+    """What it declares of itself takes the place of INFO's, here and in a process of its own, and is not verified."""
+    path = tmp_path / "declaring.py"
+    path.write_text(DECLARING)
+    with open_session(str(path), WEIGHTS, "fp32", isolate=isolate) as found:
+        assert found.arithmetic == Arithmetic("fp16", "fp16", "fp16", chain=64)
+        assert arithmetic_text(found) == "fp16/acc fp16/res fp16/wkv fp32/chain 64 (declared, unverified)"
+    with open_session("numpy", WEIGHTS, "fp32", isolate=isolate) as found:
+        assert (found.arithmetic, found.info.arithmetic_documented) == (Arithmetic(), True)
+
+
+@pytest.mark.parametrize("forged", ["fp16", ["fp16"], {"activations": "fp8"}, {"accuracy": "fp32"}, {"chain": "1"}])
+def test_an_arithmetic_that_is_none(forged: Any) -> None:
+    """The code of a backend can write an answer itself."""
+    opened: dict[str, Any] = {"version": None, "capabilities": [], "load_ns": 1, "cpus": None}
+    for told in (None, {"accumulation": "fp16"}):
+        check_answer({"id": 1, "ok": {**opened, "arithmetic": told}}, [], "open", 1)
+    with pytest.raises(FrameError, match="something missing"):
+        check_answer({"id": 1, "ok": {**opened, "arithmetic": forged}}, [], "open", 1)
+
+
+#: What ``RWKVForCausalLM(RWKVConfig(1, 299, 96, 320))`` takes, name, shape and type of a parameter in the order in
+#: which its modules set them up: ``mlc_llm/relax_model/rwkv.py`` of mlc-llm at e4341b30 (2024-03-03), sizes filled in.
+HALF_2024 = [
+    ("rwkv.embeddings.weight", (299, 96), "float16"),
+    ("rwkv.blocks.0.pre_ln.weight", (96,), "float16"),
+    ("rwkv.blocks.0.pre_ln.bias", (96,), "float16"),
+    ("rwkv.blocks.0.ln1.weight", (96,), "float16"),
+    ("rwkv.blocks.0.ln1.bias", (96,), "float16"),
+    ("rwkv.blocks.0.ln2.weight", (96,), "float16"),
+    ("rwkv.blocks.0.ln2.bias", (96,), "float16"),
+    ("rwkv.blocks.0.attention.time_decay", (96,), "float32"),
+    ("rwkv.blocks.0.attention.time_first", (96,), "float32"),
+    ("rwkv.blocks.0.attention.time_mix_key", (96,), "float16"),
+    ("rwkv.blocks.0.attention.time_mix_value", (96,), "float16"),
+    ("rwkv.blocks.0.attention.time_mix_receptance", (96,), "float16"),
+    ("rwkv.blocks.0.attention.key.weight", (96, 96), "float16"),
+    ("rwkv.blocks.0.attention.value.weight", (96, 96), "float16"),
+    ("rwkv.blocks.0.attention.receptance.weight", (96, 96), "float16"),
+    ("rwkv.blocks.0.attention.output.weight", (96, 96), "float16"),
+    ("rwkv.blocks.0.feed_forward.time_mix_key", (96,), "float16"),
+    ("rwkv.blocks.0.feed_forward.time_mix_receptance", (96,), "float16"),
+    ("rwkv.blocks.0.feed_forward.key.weight", (320, 96), "float16"),
+    ("rwkv.blocks.0.feed_forward.receptance.weight", (96, 96), "float16"),
+    ("rwkv.blocks.0.feed_forward.value.weight", (96, 320), "float16"),
+    ("rwkv.ln_out.weight", (96,), "float16"),
+    ("rwkv.ln_out.bias", (96,), "float16"),
+    ("head.weight", (299, 96), "float16"),
+]
+
+#: Codes and scales that its q4f16_1 has for a matrix: ``GroupQuantizationSpec`` of ``mlc_llm/quantization`` at e4341b30
+#: with int4, storage_nbit 32, group_size 32, transpose False, for embedding, linear layers and head.
+CODES_2024 = {
+    (299, 96): (((299, 12), "uint32"), ((299, 3), "float16")),
+    (96, 96): (((96, 12), "uint32"), ((96, 3), "float16")),
+    (320, 96): (((320, 12), "uint32"), ((320, 3), "float16")),
+    (96, 320): (((96, 40), "uint32"), ((96, 10), "float16")),
+}
+
+
+@pytest.mark.parametrize("scheme", ["q0f16", "q4f16_1"])
+def test_parameters_are_those_of_mlc_llm(scheme: str) -> None:
+    """Names, order, shapes and types, against what was read in its source, not against what writes the stand-in."""
+    wanted = []
+    for name, shape, dtype in HALF_2024:
+        if scheme == "q0f16" or shape not in CODES_2024:
+            wanted.append((name, shape, dtype))
+            continue
+        stem = name.rpartition(".")[0]
+        wanted += [
+            (f"{stem}.{part}", *form) for part, form in zip(("q_weight", "q_scale"), CODES_2024[shape], strict=True)
+        ]
+    found = parameters(Config(n_layer=1, n_embd=96, n_ffn=320, n_vocab=299), scheme)
+    assert [(item.name, item.shape, item.dtype) for item in found] == wanted
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ TOKENS = np.arange(7)
 def test_each_distance_sees_what_the_mean_over_all_hides() -> None:
     right = np.random.default_rng(0).normal(size=(50, 200))
     still = off(right, right)
-    assert (still.rms, still.row, still.column, still.peak, still.factor) == pytest.approx((0,) * 5, abs=1e-15)
+    assert (still.rms, still.row, still.column, still.peak, still.small, still.factor) == pytest.approx(
+        (0,) * 6, abs=1e-15
+    )
     row, column, one = right.copy(), right.copy(), right.copy()
     row[3] *= 1.1
     column[:, 7] *= 1.1
@@ -38,6 +40,9 @@ def test_each_distance_sees_what_the_mean_over_all_hides() -> None:
     assert off(row, right).rms < 0.02
     assert off(column, right).column == pytest.approx(0.1, rel=0.3)
     assert off(one, right).peak == pytest.approx(1, rel=0.1)
+    zeros = np.where(right > 0, right, 0)
+    few = np.where(right > -0.1, zeros, 0.02)
+    assert off(few, zeros).small > 5 * off(few, zeros).rms
     assert off(1.01 * right, right).factor == pytest.approx(0.01)
 
 
@@ -45,7 +50,7 @@ def test_a_nan_is_farther_than_any_bound() -> None:
     right = np.ones((3, 4))
     wrong = right.copy()
     wrong[1, 2] = np.nan
-    error, bound = off(wrong, right).worst(allowed([], size(right), 1.0))
+    error, bound = off(wrong, right).worst(allowed([], size(right), 1.0), alone=False)
     assert not error <= bound
 
 

@@ -84,29 +84,54 @@ def load(checkpoint, scheme, device, threads):
 """
 
 
+#: The right order, far too large.
+LOUD = """
+import numpy as np
+import reference
+from backends.api import BackendInfo
+from reference import Arithmetic
+
+INFO = BackendInfo("loud", "logits far too large", "a test", ("cpu",), {"fp32": Arithmetic()})
+
+
+class Session:
+    def __init__(self, weights):
+        self.weights = weights.in_memory(np.float32)
+
+    def forward(self, tokens, state):
+        logits, state = reference.forward(self.weights, tokens, state)
+        return logits * np.float32(1e5), state
+
+
+def load(checkpoint, scheme, device, threads):
+    return Session(checkpoint)
+"""
+
+
 def rows_of(done: Done) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(done.out)["rows"]
     return found
 
 
-def figure(rows: list[dict[str, Any]], metric: str, part: str | None = None) -> dict[str, Any]:
-    return next(row for row in rows if row["metric"] == metric and row["part"] == part)
+def figure(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    found = [row for row in rows if row["metric"] == metric]
+    assert len(found) == 1
+    return found[0]
+
+
+def part(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """What the stored weights, or the kernel, have of the divergence."""
+    found: dict[str, Any] = figure(rows, "kl_divergence")["quality"][name]
+    return found
 
 
 def test_every_row_has_an_interval_and_says_on_what(bench: Bench, state: Path) -> None:
     done = bench("quality", "--backend", "numpy", "--quant", "Q4_0", *FEW, "--format", "json")
     assert done.code == 0
     rows = rows_of(done)
-    assert [(row["metric"], row["part"]) for row in rows] == [
-        ("parity", None),
-        ("state_parity", None),
-        ("perplexity", None),
-        ("bits_per_byte", None),
-        ("kl_divergence", None),
-        ("kl_divergence", "weights"),
-        ("kl_divergence", "kernel"),
-        ("top1_agreement", None),
-        ("top5_agreement", None),
+    assert [row["metric"] for row in rows] == [
+        *("parity", "state_parity", "perplexity", "bits_per_byte", "kl_divergence"),
+        *("top1_agreement", "top5_agreement"),
     ]
     assert all(set(row) == set(FIELDS) and row["verdict"] == "PASS" for row in rows)
     for row in rows[2:]:
@@ -120,10 +145,11 @@ def test_every_row_has_an_interval_and_says_on_what(bench: Bench, state: Path) -
     perplexity = figure(rows, "perplexity")
     times = perplexity["quality"]["times_fp32"]
     assert perplexity["value"] == pytest.approx(times * perplexity["quality"]["fp32"])
-    assert figure(rows, "kl_divergence", "weights")["value"] == pytest.approx(
-        figure(rows, "kl_divergence")["value"], rel=1e-3
-    )
-    assert figure(rows, "kl_divergence", "kernel")["value"] < 1e-11
+    assert part(rows, "weights")["value"] == pytest.approx(figure(rows, "kl_divergence")["value"], rel=1e-3)
+    for name in ("weights", "kernel"):
+        low, high = part(rows, name)["interval"]
+        assert 0 <= low <= part(rows, name)["value"] <= high
+    assert part(rows, "kernel")["value"] < 1e-11
     assert [row.to_dict() for row in read(state / "rows.jsonl")] == rows
 
 
@@ -156,9 +182,9 @@ def test_a_wrong_scale_fails_and_shows_where(bench: Bench, small: str, tmp_path:
     scored = [row for row in wrong if row["metric"] not in ("parity", "state_parity")]
     assert {row["verdict"] for row in scored} == {"FAIL"}
     assert all("the kernel fails parity" in row["reason"] and row["value"] is not None for row in scored)
-    assert figure(wrong, "kl_divergence", "weights")["value"] == figure(right, "kl_divergence", "weights")["value"]
-    assert figure(right, "kl_divergence", "kernel")["interval"][1] < 1e-11
-    assert figure(wrong, "kl_divergence", "kernel")["interval"][0] > 1e-6
+    assert part(wrong, "weights") == part(right, "weights")
+    assert part(right, "kernel")["interval"][1] < 1e-11
+    assert part(wrong, "kernel")["interval"][0] > 1e-6
     table = bench(*argv[:-2], "--backend", str(tmp_path / "wrong.py"))
     assert "FAIL" in table.out
     assert table.code == 1
@@ -172,8 +198,12 @@ def test_nan_fails_at_its_position(bench: Bench, small: str, tmp_path: Path) -> 
     assert done.code == 1
     rows = rows_of(done)
     assert [row["verdict"] for row in rows] == ["PASS"] + ["FAIL"] * 4
-    assert all("NaN at element 3" in row["reason"] and row["value"] is None for row in rows[1:])
-    assert rows[1]["reason"].startswith("position ")
+    scored = ["perplexity", "kl_divergence", "top1_agreement", "top5_agreement"]
+    assert [row["metric"] for row in rows] == ["parity", *scored]
+    for row in rows[1:]:
+        assert row["value"] is None
+        assert row["first_bad"]["token"] == 3
+        assert row["reason"] == f"position {row['first_bad']['position']}: NaN at token 3"
 
 
 def test_nan_from_the_start_fails_parity_too(bench: Bench, small: str) -> None:
@@ -229,7 +259,8 @@ def test_lambada_of_a_file(bench: Bench, tmp_path: Path) -> None:
     for row in rows:
         assert row["value"] == np.mean(right)
         assert row["samples"] == [float(x) for x in right * 3]
-        assert row["quality"] == {"text": "words.jsonl", "documents": 12}
+        assert (row["quality"]["text"], row["quality"]["documents"]) == ("words.jsonl", 12)
+        assert len(row["quality"]["ids_sha256"]) == 64
         assert row["interval"][0] <= row["value"] <= row["interval"][1]
     assert "LAMBADA %" in bench(*argv).out
 
@@ -245,16 +276,43 @@ def test_the_table_in_every_format(bench: Bench, tmp_path: Path, small: str) -> 
     assert len({line.count("|") for line in lines}) == 1
     records = list(csv.DictReader(io.StringIO(bench(*argv, "--format", "csv").out)))
     assert {"kl_divergence", "perplexity"} <= {record["metric"] for record in records}
-    assert {record["part"] for record in records} == {"", "weights", "kernel"}
+    assert sum(record["metric"] == "kl_divergence" for record in records) == 3
     assert bench(*argv, "--output", str(tmp_path / "q.json")).out == ""
-    assert len(json.loads((tmp_path / "q.json").read_text())["rows"]) == 3 * 8 + 1
+    assert len(json.loads((tmp_path / "q.json").read_text())["rows"]) == 3 * 6 + 1
 
 
 def test_the_context_can_be_one_run(bench: Bench) -> None:
     argv = ("quality", "--backend", "numpy", "--quant", "fp32", "--tokens", "700", "--context", "0", "--threads", "1")
     rows = rows_of(bench(*argv, "--format", "json"))
     about = figure(rows, "perplexity")["quality"]
-    assert (about["positions"], about["context"], about["blocks"]) == (700, 0, 32)
+    assert (about["positions"], about["context"], about["blocks"]) == (700, 0, 8)
+
+
+def test_too_few_blocks_have_no_interval(bench: Bench) -> None:
+    """And the command says how many of the positions that were asked for it used."""
+    argv = ("--backend", "numpy", "--quant", "fp32", "--tokens", "500", "--context", "128", "--threads", "1")
+    done = bench("quality", *argv, "--format", "json")
+    assert done.code == 0
+    assert "tiny: 384 positions of 500 asked for, whole segments of 128" in done.err
+    assert all(row["interval"] is None and row["value"] is not None for row in rows_of(done)[2:])
+    assert "±" not in bench("quality", *argv).out
+
+
+def test_logits_a_thousand_times_too_large_keep_their_figures(bench: Bench, small: str, tmp_path: Path) -> None:
+    """FAIL, not a crash: what is too large for a number is null and says so; divergence and agreement stand."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    argv = ("quality", "--model", small, "--backend", str(tmp_path / "loud.py"), "--quant", "fp32", *FEW)
+    done = bench(*argv, "--format", "json")
+    assert done.code == 1
+    rows = rows_of(done)
+    assert {row["verdict"] for row in rows} == {"FAIL"}
+    perplexity, far = figure(rows, "perplexity"), figure(rows, "kl_divergence")
+    assert (perplexity["value"], perplexity["interval"], perplexity["quality"]["times_fp32"]) == (None, None, None)
+    assert "perplexity is beyond float64" in perplexity["reason"]
+    assert far["value"] > 1000
+    assert far["interval"][0] <= far["value"] <= far["interval"][1]
+    assert figure(rows, "top1_agreement")["value"] > 0.99
+    assert "FAIL" in bench(*argv).out
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness.models import Model, open_model
-from harness.quality.lambada import answers, beside, questions
+from harness.quality.lambada import answers, beside, questions, sha256
 from harness.without_codec import NotComparable
 from reference.checkpoint import save_checkpoint
 from reference.config import Config
@@ -48,6 +48,7 @@ def test_the_last_word_counts_where_all_of_it_is_right(tiny: Model, tmp_path: Pa
     asked = questions(str(file), tiny, 100)
     assert bytes(asked[1].prompt) == b"the sea is"
     assert bytes(asked[1].word) == b" blue"
+    assert sha256(asked) == sha256(questions(str(file), tiny, 4)) != sha256(asked[:3])
     # The second begins rightly and ends wrongly, the fourth is not known at all.
     session = Reciting("a stone is a stone", "the sea is blank", "it was John")
     assert answers(session, asked, 256).tolist() == [True, False, True, False]
@@ -84,7 +85,7 @@ def test_an_answer_that_is_not_finite_is_none(tiny: Model, tmp_path: Path) -> No
             logits, read = super().forward(tokens, state)
             return (logits * np.float32("nan") if read.startswith(b"three") else logits), read
 
-    with pytest.raises(NotComparable, match="LAMBADA, question 1: NaN at element 0"):
+    with pytest.raises(NotComparable, match="question 1: NaN at token 0"):
         answers(Broken("one two"), questions(str(tmp_path / "a.jsonl"), tiny, 10), 256)
 
 

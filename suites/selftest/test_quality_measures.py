@@ -14,9 +14,20 @@ from harness.compare import log_softmax
 from harness.models import Model, open_model
 from harness.quality import baseline
 from harness.quality.baseline import call_length, log_probabilities
-from harness.quality.intervals import edges, exponential, fraction, mean, positive, ratio, student, wilson
+from harness.quality.intervals import (
+    Mean,
+    edges,
+    exponential,
+    fraction,
+    mean,
+    not_negative,
+    positive,
+    ratio,
+    student,
+    wilson,
+)
 from harness.quality.passage import HELD_OUT, Passage, passage_of
-from harness.quality.scores import divergence, overlap, score
+from harness.quality.scores import BadLogits, divergence, overlap, score
 from harness.without_codec import NotComparable
 from reference.config import Config
 from reference.errors import InputError
@@ -27,6 +38,12 @@ from suites.selftest.conftest import SMALL
 from suites.selftest.vocabularies import data_file
 
 # --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def interval(found: Mean) -> tuple[float, float]:
+    """The interval of a mean that has one."""
+    assert found.interval is not None
+    return found.interval
 
 
 @pytest.mark.parametrize(
@@ -44,38 +61,65 @@ def test_wilson_is_the_textbook() -> None:
     assert high == 1
 
 
-def test_blocks_are_the_segments_or_runs_of_equal_length() -> None:
+def test_blocks_are_segments_by_their_place_or_runs() -> None:
+    """Of segments that are far apart, every one to 32 is a block; of near ones as many as are far enough apart."""
     assert edges(384, 128).tolist() == [0, 128, 256, 384]
-    found = edges(1000, 0)
-    assert len(found) == 33
-    assert set(np.diff(found)) == {31, 32}
-    with pytest.raises(ValueError, match="needs two"):
+    assert len(edges(64 * 128, 128)) - 1 == 32
+    assert [len(edges(4096, 128, spacing)) - 1 for spacing in (38, 16, 8, 4, 1)] == [32, 32, 16, 8, 8]
+    assert set(np.diff(edges(4096, 128, 4))) == {512}
+    assert np.diff(edges(1000, 0)).tolist() == [125] * 8
+    with pytest.raises(ValueError, match="compared with each other"):
         edges(128, 128)
 
 
 def test_a_mean_is_the_mean_and_its_interval_that_of_the_blocks() -> None:
-    values = np.arange(32.0)
-    found = mean(values, edges(32, 8))
-    blocks = np.array([3.5, 11.5, 19.5, 27.5])
-    half = 3.18244631 * blocks.std(ddof=1) / 2
-    assert found.value == 15.5
+    values = np.arange(64.0)
+    found = mean(values, edges(64, 8))
+    blocks = 3.5 + 8 * np.arange(8)
+    half = 2.36462425 * blocks.std(ddof=1) / math.sqrt(8)
+    assert found.value == 31.5
     assert found.blocks == tuple(blocks)
-    assert found.interval == pytest.approx((15.5 - half, 15.5 + half))
-    assert exponential(found).value == pytest.approx(math.exp(15.5))
+    assert found.interval == pytest.approx((31.5 - half, 31.5 + half))
+    assert exponential(found).value == pytest.approx(math.exp(31.5))
+
+
+def test_fewer_than_eight_blocks_have_no_interval() -> None:
+    blocks = edges(7 * 16, 16)
+    values = np.arange(112.0)
+    for found in (mean(values, blocks), positive(values, blocks), fraction(values / 112, blocks)):
+        assert (found.interval, len(found.blocks)) == (None, 7)
+    assert exponential(mean(values, blocks)).interval is None
+
+
+def test_no_interval_leaves_what_is_possible() -> None:
+    """A surprise that is mostly zero: perplexity from 1, bits from 0."""
+    values = np.zeros(128)
+    values[3] = 100.0
+    found = positive(values, edges(128, 16))
+    assert interval(found)[0] == 0
+    assert interval(exponential(found))[0] == 1
+    assert interval(not_negative(ratio(values, np.ones(128), edges(128, 16))))[0] == 0
+
+
+def test_beyond_float64_is_infinite() -> None:
+    found = exponential(mean(np.full(128, 1e38), edges(128, 16)))
+    assert (found.value, found.interval) == (math.inf, None)
+    low, high = np.full(64, 0.0), np.full(64, 1400.0)
+    assert exponential(mean(np.concatenate([low, high]), edges(128, 16))).interval is None
 
 
 def test_a_ratio_weighs_its_positions() -> None:
     values, weights = np.array([1.0, 2.0, 3.0, 6.0]), np.array([1.0, 1.0, 2.0, 4.0])
-    found = ratio(values, weights, np.array([0, 2, 4]))
+    found = ratio(np.tile(values, 4), np.tile(weights, 4), np.arange(0, 17, 2))
     assert found.value == 1.5
-    assert found.blocks == (1.5, 1.5)
+    assert found.blocks == (1.5,) * 8
     assert found.interval == pytest.approx((1.5, 1.5))
 
 
 def test_what_never_varied_is_not_certain() -> None:
     found = fraction(np.ones(2048), edges(2048, 64))
     assert found.value == 1
-    assert found.interval[0] < 0.9985
+    assert interval(found)[0] < 0.9985
     assert positive(np.zeros(2048), edges(2048, 64)).interval == (0, 0)
 
 
@@ -97,7 +141,8 @@ def test_intervals_cover_dependent_positions(kind: str) -> None:
             found = mean(values, edges(2048, 64))
             variances = [sum(0.36**j for j in range(t + 1)) for t in range(64)]
             truth = float(np.mean([math.exp(0.125 * (0.25 + v)) for v in variances]))
-        hits += found.interval[0] <= truth <= found.interval[1]
+        low, high = interval(found)
+        hits += low <= truth <= high
     assert 0.91 <= hits / trials <= 0.985
 
 
@@ -123,6 +168,30 @@ def test_segments_are_spread_over_the_text(tiny: Model) -> None:
     assert all(start == 0 or text[start - 1 : start] in b" \n" for start in starts)
     assert passage.n_bytes is not None
     assert passage.n_bytes.sum() == 1024
+
+
+def test_how_far_apart_segments_are(tiny: Model, tmp_path: Path) -> None:
+    assert passage_of(tiny, None, 4096, 128).spacing == pytest.approx(155_276 / 4096)
+    (tmp_path / "part.txt").write_bytes(HELD_OUT.read_bytes()[:16_384])
+    assert passage_of(tiny, str(tmp_path / "part.txt"), 4096, 128).spacing == pytest.approx(4)
+    assert passage_of(open_model("169m"), None, 300, 128).spacing == math.inf
+
+
+def test_tokens_are_whole_segments(tiny: Model) -> None:
+    assert len(passage_of(tiny, None, 1000, 128)) == 896
+    assert len(passage_of(open_model("169m"), None, 1000, 128)) == 896
+    assert len(passage_of(tiny, None, 1000, 0)) == 1000
+
+
+def test_long_tokens_are_not_too_little_text(tmp_path: Path) -> None:
+    """Runs of spaces, of which one id is far longer than of a word."""
+    config = Config(n_layer=1, n_embd=32, n_ffn=32, n_vocab=65536)
+    model = Model("world", synthetic(config, 0), "0" * 64)
+    (tmp_path / "runs.txt").write_bytes((b" " * 3000 + b"\nword\n") * 20)
+    passage = passage_of(model, str(tmp_path / "runs.txt"), 128, 32, str(data_file("tokenizer_model")))
+    assert len(passage) == 128
+    assert passage.n_bytes is not None
+    assert passage.n_bytes.mean() > 16
 
 
 def test_one_run_is_the_beginning(tiny: Model) -> None:
@@ -208,6 +277,20 @@ def test_the_baseline_is_the_reference_in_float64(weights: Weights, passage: Pas
     assert np.abs(found - exact).max() <= 2.0**-24 * np.abs(exact).max()
     assert divergence(exact, log_softmax(found)).max() < 2e-12
     assert not cache.exists()
+
+
+def test_rounding_of_the_baseline_by_the_size_of_a_divergence(weights: Weights) -> None:
+    """Near nothing it is of second order; elsewhere of first, at most ``2^-24 sum P (|l| + E|l|) |d|`` a position."""
+    ids = np.random.default_rng(3).integers(0, 256, 200)
+    p = log_softmax(forward(weights, ids, all_logits=True, dtype=np.float64)[0])
+    rounded = log_softmax(p.astype(np.float32))
+    q = log_softmax(p + 0.14 * np.random.default_rng(4).normal(size=p.shape))
+    assert divergence(p, q).mean() == pytest.approx(0.01, rel=0.2)
+    off = np.abs(divergence(rounded, q) - divergence(p, q))
+    chance, size = np.exp(p), np.abs(p)
+    spread = size + (chance * size).sum(axis=-1, keepdims=True)
+    assert (off <= 2.0**-24 * (chance * spread * np.abs(p - q)).sum(axis=-1) + 2e-12).all()
+    assert 2e-12 < off.max() < 9e-9
 
 
 def test_the_second_time_it_is_read(
@@ -337,8 +420,41 @@ def test_one_logit_that_is_not_finite_is_no_result(value: float, weights: Weight
         logits[7] = value if position == 300 else logits[7]
         return logits
 
-    with pytest.raises(NotComparable, match=r"position 300: (NaN|Inf) at element 7"):
+    with pytest.raises(NotComparable, match=r"^position 300: (NaN|Inf) at token 7$") as raised:
         score(Answering(weights, spoil), model_of(weights), "fp32", passage)
+    assert isinstance(raised.value, BadLogits)
+    assert raised.value.where == {"position": 300, "token": 7}
+
+
+def test_the_words_are_the_same_however_it_is_run(weights: Weights, passage: Passage) -> None:
+    class Broken(Scored):
+        def logits(self, tokens: Sequence[int], state: object) -> np.ndarray:
+            found = super().logits(tokens, state)
+            if state is not None:
+                found[300 - 256, 7], found[301 - 256, 0] = np.inf, np.nan
+            return found
+
+    with pytest.raises(BadLogits, match=r"^position 300: Inf at token 7$"):
+        score(Broken(weights), model_of(weights), "fp32", passage)
+
+
+def test_a_session_may_reuse_its_buffer(weights: Weights, passage: Passage, cache: Path) -> None:
+    class Reusing(Scored):
+        buffer = np.empty((256, 256), np.float32)
+
+        def forward(self, tokens: Sequence[int], state: object) -> tuple[np.ndarray, object]:
+            found = super().forward(tokens, state)
+            self.buffer[:] = np.nan
+            return found
+
+        def logits(self, tokens: Sequence[int], state: object) -> np.ndarray:
+            out = self.buffer[: len(tokens)]
+            out[:] = super().logits(tokens, state)
+            return out
+
+    found, right = (score(kind(weights), model_of(weights), "fp32", passage) for kind in (Reusing, Scored))
+    assert np.array_equal(found.nll, right.nll)
+    assert np.array_equal(found.kl, right.kl)
 
 
 @pytest.mark.parametrize("spoil", [lambda x, at: x[:-1], lambda x, at: x.tolist(), lambda x, at: x.astype(np.float64)])
@@ -356,17 +472,19 @@ def test_weights_on_which_the_reference_itself_fails(weights: Weights, passage: 
 
 
 def test_memory_does_not_grow_with_the_passage(cache: Path) -> None:
-    """65536 tokens of vocabulary over 512 positions: all logits at once would be 256 MiB in float64, three times."""
+    """65536 tokens of vocabulary: 512 positions more would be 256 MiB in float64, three times."""
     config = Config(n_layer=1, n_embd=32, n_ffn=32, n_vocab=65536)
     weights = synthetic(config, 0)
-    ids = np.random.default_rng(0).integers(0, 65536, 513)
-    passage = Passage("ids", ids[:-1], ids[1:], None, 256)
+    ids = np.random.default_rng(0).integers(0, 65536, 769)
     session = Scored(weights)
     assert call_length(65536) == 64
-    tracemalloc.start()
-    try:
-        score(session, Model("wide", weights, "wide"), "Q4_0", passage)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 200 << 20
+    peaks = []
+    for positions in (256, 768):
+        passage = Passage("ids", ids[:positions], ids[1 : positions + 1], None, 128)
+        tracemalloc.start()
+        try:
+            score(session, Model("wide", weights, "wide"), "Q4_0", passage)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + (4 << 20)
