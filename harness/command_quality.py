@@ -69,7 +69,7 @@ def asked(arguments: argparse.Namespace) -> Asked:
     if arguments.context and arguments.tokens < 2 * arguments.context:
         raise InputError(
             f"--tokens {arguments.tokens} are fewer than two segments of {arguments.context}; "
-            "an interval needs two: more --tokens or a shorter --context"
+            "use more --tokens or a shorter --context; an interval needs eight blocks"
         )
     for option in ("text", "data"):
         path = getattr(arguments, option)

@@ -166,8 +166,8 @@ def gate_tokens(model: Model, n: int, seed: int = 0) -> list[int]:
     rng = np.random.default_rng(seed)
     last = model.config.n_vocab - 1
     drawn = [int(i) for i in rng.integers(0, last + 1, n)]
-    if n >= SPREAD.stop:
-        drawn[SPREAD.start : SPREAD.start + 4] = [last, 0, drawn[SPREAD.start], drawn[SPREAD.start]]
+    twice = drawn[SPREAD.start : SPREAD.start + 1]
+    drawn[SPREAD.start : SPREAD.start + 4] = [last, 0, *twice, *twice][: max(n - SPREAD.start, 0)]
     text = (EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
     start = 7919 * seed % len(text)
     try:

@@ -107,13 +107,14 @@ def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located 
             finding = looked.located.finding
             finding = replace(finding, watched=watched, notes=(*finding.notes, *looked.notes, *notes))
             return replace(looked.located, finding=finding)
-        notes += [f"{name}: {looked.why or 'all that it shows is right'}", *looked.notes]
+        right = [] if judged.passed else [f"{name}: all that it shows is right"]
+        notes += [*([f"{name}: {looked.why}"] if looked.why else right), *looked.notes]
         if not looked.why:
             history, used = history or looked.history, used or name
         if judged.passed and not looked.why:
             break
     if judged.passed:
-        return Finding(CLEAN, used or LOGITS, history=history, watched=watched, notes=tuple(notes[:-1]))
+        return Finding(CLEAN, used or LOGITS, history=history, watched=watched, notes=tuple(notes))
     found = places.by_logits(case, held, judged, tuple(notes))
     return replace(found, finding=replace(found.finding, watched=watched, history=history))
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -402,3 +403,36 @@ def test_the_command(bench: Callable[..., Done], small: str) -> None:
         done = bench(*base, *argv)
         assert (done.code, done.out) == (code, ""), done
         assert words in done.err
+
+
+DIES = """
+import os
+from backends import numpy_reference
+from backends.api import BackendInfo
+from reference.numerics import Arithmetic
+from reference.forward import forward
+
+INFO = BackendInfo("dies", "dies while traced", "a test", ("cpu",), {"fp32": Arithmetic()})
+
+class Dies(numpy_reference.NumpySession):
+    def forward(self, tokens, state):
+        logits, state = super().forward(tokens, state)
+        return logits * 1.5, state
+    def trace(self, tokens, state, tap):
+        os._exit(7)
+    logits = None
+
+def load(checkpoint, scheme, device, threads):
+    return Dies(checkpoint, None)
+"""
+
+
+def test_a_backend_that_dies_while_traced_loses_nothing(bench: Callable[..., Done], small: str, tmp_path: Path) -> None:
+    """It runs in a process of its own without being asked to, and is started again for the next method."""
+    file = tmp_path / "dies.py"
+    file.write_text(DIES)
+    done = bench("localize", "--model", small, "--backend", str(file), "--no-fix", "--format", "json")
+    assert done.code == 1, done.err
+    found = json.loads(done.out)
+    assert (found["verdict"], found["method"], found["layer"]) == ("diverged", "state", None)
+    assert any("broke while watched: ChildDied: exited with status 7" in note for note in found["notes"])

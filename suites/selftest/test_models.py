@@ -180,7 +180,10 @@ def test_gate_tokens_are_text_where_there_is_a_tokenizer_and_ids_of_the_vocabula
     assert max(text[SPREAD]) > 127  # ids that text alone does not meet
     assert gate_tokens(open_model(small), 48, seed=1) != text
     assert gate_tokens(open_model(small), 300_000)[:48] == text
-    assert gate_tokens(open_model(small), 40) == text[:40]
+    assert text[36:38] == [255, 0]  # the ends of the vocabulary
+    assert text[38] == text[39]  # one id twice in a row
+    for n in (1, 36, 37, 38, 40):
+        assert gate_tokens(open_model(small), n) == text[:n]
     assert len(gate_tokens(open_model(small), 300_000)) == 300_000
     other = replace(open_model("169m"), weights=synthetic(Config(1, 32, 64, 90), 0))
     ids = gate_tokens(other, 500, seed=1)
