@@ -7,11 +7,11 @@
     __init__      what it offers, and whether it can run here; imports no runtime
     storage       how a scheme keeps each tensor, and a library's parameters in order
     params        the params folder: index, shards, chat configuration
-    tir_text, rows_cpu, products_cpu, product, kernels_*   kernels, written as TVMScript
+    tir_text, rows_cpu, product, products_cpu (gemv, gemm, codes, finish), kernels_*   kernels, written as TVMScript
     graph, graph_trace, points   the Relax module that calls them, and its trace points
     targets, compile, artefacts   compiles it where TVM's compiler is loaded, and looks at what came of it
     export        runs the compiler in a process of its own, and writes the folder
-    library, native   opens a library with TVM's runtime alone, and refuses what it is not
+    library, native, arena   opens a library with TVM's runtime alone, and refuses what it is not
     mlc_library   knows one of MLC-LLM's own by its ABI
     states, session, instrument   the contract of backends.api over a library
 
@@ -107,7 +107,7 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
     opened, folder, device = library.open_library(path, tvm.cpu()), path.parent / "params", tvm.cpu()
     if not opened.ours:
         found = mlc_library.identify(opened, folder, checkpoint.config, scheme)
-        parameters = library.load_parameters(found, folder, device)
+        parameters = library.load_parameters(found, folder)
         mlc_library.try_step(found, parameters, folder, device)
         named = all(item.tensor for item in found.parameters)
         return (session.WatchedSession if named else session.MlcSession)(found, parameters, device)
@@ -115,7 +115,7 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
     if found.scheme != scheme:
         raise Unsupported(f"{path} is compiled for {found.scheme}, not for {scheme}")
     _check_sizes(found.config, checkpoint, path)
-    return session.FullSession(found, library.load_parameters(found, folder, device), device)
+    return session.FullSession(found, library.load_parameters(found, folder), device)
 
 
 def compile_model(

@@ -30,7 +30,7 @@ from reference.converted import derived
 from reference.weights import Weights
 
 #: Files of this package that neither a library nor its params come from.
-_RUN_TIME = ("__init__.py", "instrument.py", "mlc_library.py", "native.py", "session.py", "states.py")
+_RUN_TIME = ("__init__.py", "arena.py", "instrument.py", "mlc_library.py", "native.py", "session.py", "states.py")
 
 #: Files of ``reference`` that they come from besides.
 _CODECS = ("codecs_mlc.py", "mlc_params.py")

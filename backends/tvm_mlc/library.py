@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.tvm_mlc import native, params
+from backends.tvm_mlc import arena, native, params
 from backends.tvm_mlc.storage import Parameter, parameters
 from reference.config import Config
 from reference.errors import CheckpointError, ConfigError
@@ -156,18 +156,14 @@ def identify(opened: Opened) -> Library:
         raise CheckpointError(f"{path}: what it says of itself cannot be read ({line_of(error)})") from None
 
 
-def load_parameters(library: Library, folder: Path, device: Any) -> Any:
-    """The arrays of a params folder on the device, as a library takes them."""
+def load_parameters(library: Library, folder: Path) -> Any:
+    """The arrays of a params folder in the CPU's memory, as a library takes them."""
     tvm = runtime()
     told = params.scheme(folder)
     if told != library.scheme:
         raise CheckpointError(f"{folder}: is of {told}, but {library.path.name} is compiled for {library.scheme}")
-    tensors = []
-    for array in params.read(folder, library.parameters):
-        tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
-        tensor.copyfrom(array)
-        tensors.append(tensor)
-    return tvm.runtime.convert(tensors)
+    arrays = arena.together(params.read(folder, library.parameters))
+    return tvm.runtime.convert([tvm.runtime.from_dlpack(array) for array in arrays])
 
 
 def has(vm: Any, name: str) -> bool:
