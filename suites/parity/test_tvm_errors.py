@@ -74,6 +74,8 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], scheme: str = SCHE
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv(backend.VARIABLE, "")  # what --library sets is taken back
+    monkeypatch.delenv(backend.VARIABLE)
 
 
 # --- the params folder
