@@ -61,7 +61,8 @@ def _command(argv: list[str]) -> int:
             if not os.path.exists(file):
                 raise UsageError(f"--library {name}: {file}: no such file or folder")
             os.environ[LIBRARIES[name]] = file  # before the backend is imported: what it offers depends on it
-        return _COMMANDS[arguments.command](arguments)
+        command = _COMMANDS.get(arguments.command) or _document(arguments.command)
+        return command(arguments)
     except BrokenPipeError:  # whoever read stdout has gone, as `head` does
         return PASSED
     except (Unavailable, Unsupported, NotInThisVersion) as error:
@@ -308,6 +309,23 @@ def import_figures(arguments: Namespace) -> int:
     return 0
 
 
+def _document(name: str) -> Callable[[Namespace], int]:
+    """A command that gives one document: an :class:`harness.outcome.Outcome`."""
+
+    def run_it(arguments: Namespace) -> int:
+        from harness.live import LiveLine
+
+        with LiveLine(sys.stderr) as line:
+            outcome = command_file(name).run(arguments, line.show, output_format(arguments))
+        _deliver(outcome.text, arguments.output)
+        for text in outcome.said:
+            say(text)
+        code: int = outcome.code
+        return code
+
+    return run_it
+
+
 def localize(arguments: Namespace) -> int:
     """``localize``: the report to stdout, and a picture where one is asked for."""
     from harness.live import LiveLine
@@ -395,7 +413,7 @@ def _dry_run(
     return exit_code([*named, NOT_AVAILABLE] if missing else named)
 
 
-def _deliver(text: str, output: str | None) -> None:
+def _deliver(text: str | bytes, output: str | None) -> None:
     """To the file that ``--output`` names, else to stdout."""
     from reports.output import write_output
 

@@ -9,10 +9,15 @@ from harness import streams
 from reference.errors import InputError
 
 
-def out(text: str) -> None:
+def out(text: str | bytes) -> None:
     """Data to stdout at once. Raises BrokenPipeError, or InputError where it cannot be written."""
+    if isinstance(text, bytes) and sys.stdout.isatty():
+        raise InputError("this is a picture, not text; --output FILE writes it to a file")
     try:
-        sys.stdout.write(text)
+        if isinstance(text, bytes):
+            sys.stdout.buffer.write(text)
+        else:
+            sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         streams.silence(sys.stdout)

@@ -75,7 +75,8 @@ _GIVES_ROWS = ("import", "quality")
 #: Of those, the commands that run cells, chosen with the options of ``run``.
 _RUNS_CELLS = ("quality",)
 
-#: Commands that give one document of their own, in the formats they know, and those that open one backend for it.
+#: Commands that give one document of their own, in the formats they know (``run`` returns an Outcome), and those that
+#: open one backend for it.
 _GIVES_DOCUMENT = {"localize": ("table", "json"), "headroom": FORMATS}
 _OPENS_ONE = ("localize",)
 
@@ -109,7 +110,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def output_format(arguments: argparse.Namespace) -> str:
     """``--format``, else what the name of ``--output`` ends in, else ``table``."""
     ending = PurePath(arguments.output or "").suffix.lstrip(".").lower()
-    return str(arguments.format or (ending if ending in FORMATS else "table"))
+    meant = {"xml": "junit"}.get(ending, ending)
+    known = _GIVES_DOCUMENT.get(arguments.command, FORMATS)
+    return str(arguments.format or (meant if meant in known else "table"))
 
 
 def _version() -> str:

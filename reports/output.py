@@ -54,16 +54,17 @@ def check_output(path: str | None, store: Path) -> None:
     part.unlink()
 
 
-def write_output(path: str, text: str) -> None:
+def write_output(path: str, text: str | bytes) -> None:
     """Write whole or not at all, a pipe or a device as it is; raises StoreError."""
+    data = text.encode("utf-8") if isinstance(text, str) else text
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             # Never replaced: a device whose place a file takes is gone for everybody.
-            Path(path).write_text(text, encoding="utf-8")
+            Path(path).write_bytes(data)
             return
         part = _part(path)
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(data)
             target = os.path.realpath(path)
             if os.path.exists(target):
                 part.chmod(os.stat(target).st_mode & 0o777)
