@@ -5,7 +5,9 @@ All of them: ``python -m suites.selftest.planted --full``.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from backends.api import Scoring, StateAccess, Traceable
 from harness.parity import gate
 from reference.operations import steps
-from suites.selftest.planted import catalogue
+from suites.selftest.planted import catalogue, kept
 from suites.selftest.planted.__main__ import main
 from suites.selftest.planted.backend import LOGITS, SESSIONS, STATE, TRACE, PlantedBackend
 from suites.selftest.planted.clean import EMULATED, Clean, clean_runs, draw, false_alarm
@@ -167,6 +169,25 @@ def test_the_command_says_whether_the_bars_are_reached(capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert "1/1 100.0 %" in text
     assert "false alarms: 0/1" in text
+
+
+def test_what_was_run_is_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "kept.jsonl"
+    argv = ["--only", "relu without square", "--models", MODEL, "--arithmetic", "fp32", "--shows", "trace"]
+    argv += ["--clean", "1", "--keep", str(file)]
+    assert main(argv) == 0
+    first, lines = capsys.readouterr().out, file.read_text()
+    file.write_text(lines + '{"key": "cut o')
+    assert main(argv) == 0
+    assert capsys.readouterr().out == first
+    assert file.read_text().startswith(lines)
+    assert len(kept.read(file)) == 2
+
+
+def test_what_is_kept_reads_back_as_it_was() -> None:
+    found = made("decay sign", "gate", "blocks.1.att.k")
+    entry = json.loads(json.dumps(asdict(found) | {"effect": found.effect._asdict()}))
+    assert kept.outcome(found.trial, entry) == found
 
 
 def test_an_undetected_fault_is_exit_status_one(monkeypatch: pytest.MonkeyPatch) -> None:

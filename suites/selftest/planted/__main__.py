@@ -1,6 +1,7 @@
 """Figures of the judge: ``python -m suites.selftest.planted``; exit 1 where a bar is missed.
 
 python -m suites.selftest.planted --full --jobs 2      what docs/detection.md keeps
+python -m suites.selftest.planted --full --keep FILE   the same, in pieces: interrupt it and start it again
 python -m suites.selftest.planted                      a sample, in a minute or two
 python -m suites.selftest.planted --only "decay sign" --arithmetic fp32 --models tiny
 """
@@ -12,10 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from suites.selftest.planted import kept
 from suites.selftest.planted.backend import LOGITS, STATE, TRACE
 from suites.selftest.planted.catalogue import FAULTS
 from suites.selftest.planted.clean import Clean, clean_runs, false_alarm
@@ -45,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.full and not options.only:
         planned = _sample(planned, SAMPLE)
     began = time.perf_counter()
-    done = list(_each(_attempt_all if options.shows == "all" else _attempt_traced, planned, options.jobs))
+    one = _attempt_all if options.shows == "all" else _attempt_traced
+    done = list(kept.outcomes(options.keep, planned, options.shows, partial(_each, one, jobs=options.jobs)))
     _say(*faults_text(done))
     runs = clean_runs(n_clean, options.seed)
-    alarms = [(run, said) for run, said in zip(runs, _each(_clean, runs, options.jobs), strict=True) if said]
+    said = kept.alarms(options.keep, runs, partial(_each, _clean, jobs=options.jobs))
+    alarms = [(run, what) for run, what in zip(runs, said, strict=True) if what]
     _say(*clean_text(runs, alarms))
     sys.stderr.write(f"{time.perf_counter() - began:.0f} s\n")
     return 0 if not alarms and all(f.reached for f in figures(done)) else 1
@@ -69,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clean", type=int, help="how many clean runs")
     parser.add_argument("--only", choices=sorted(FAULTS), metavar="FAULT", help="one fault, by name")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="results as they come; what it has is not repeated")
     return parser
 
 
@@ -81,7 +88,7 @@ def _sample(planned: Sequence[Trial], n: int) -> list[Trial]:
 def _each(run: Callable[[_In], _Out], items: Sequence[_In], jobs: int) -> Iterator[_Out]:
     """The results in order, with a count on stderr."""
     with ProcessPoolExecutor(jobs) as pool:
-        found = map(run, items) if jobs == 1 else pool.map(run, items, chunksize=4)
+        found = map(run, items) if jobs == 1 else pool.map(run, items)
         for i, result in enumerate(found, 1):
             if i % 20 == 0:
                 sys.stderr.write(f"{i} of {len(items)}\n")
