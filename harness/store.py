@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from harness.foreign import of_another, packed, unknown
 from harness.rows import SCHEMA, Row, RowError, identity, line
 from reference.errors import InputError
 
@@ -117,17 +118,21 @@ def duplicates(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 
 def _document(data: bytes, path: str | os.PathLike[str]) -> list[Row] | None:
-    """Rows of a JSON document; None if the data is not one."""
+    """Rows of a file that is one JSON document; None if it is not one. Raises StoreError for another program's."""
     where = os.fspath(path)
+    whose = packed(data)
     try:
-        found = _loads(data.decode("utf-8"))
-    except ValueError as error:
-        # Read as lines, a document cut short would be an empty store with a warning.
-        if _DOCUMENT_START.match(data[:200].decode("utf-8", "replace")):
-            raise StoreError(f"{where}: the JSON document is damaged or cut short ({error}); export it again") from None
+        found = None if whose else _loads(data.decode("utf-8"))
+    except ValueError:
         return None
-    if not isinstance(found, dict) or "rows" not in found:
-        return None
+    whose = whose or of_another(found)
+    if whose is not None:
+        raise StoreError(f"{where}: not a file of rwkv-bench results but {whose}")
+    return _rows_of(found, where) if isinstance(found, dict) and "rows" in found else None
+
+
+def _rows_of(found: dict[str, Any], where: str) -> list[Row]:
+    """Rows of a decoded document."""
     schema = _readable_schema(found.get("schema"), where)
     if not isinstance(found["rows"], list):
         raise StoreError(f"{where}: 'rows' is not a list; this is not a file of rwkv-bench results")
@@ -138,40 +143,68 @@ def _document(data: bytes, path: str | os.PathLike[str]) -> list[Row] | None:
 
 
 def _read_lines(data: bytes, path: str | os.PathLike[str]) -> list[Row]:
-    rows = []
-    lines = data.split(b"\n")  # not splitlines, which also splits at separators inside text
-    for number, raw in enumerate(lines, 1):
+    """Rows of lines, and of documents that stand among them, as after ``cat``."""
+    rows: list[Row] = []
+    at, number = 0, 1
+    while at < len(data):
         where = f"{os.fspath(path)}, line {number}"
-        if not raw.strip():
-            continue
-        try:
-            record = _loads(raw.decode("utf-8"))
-        except ValueError as error:
-            # Only what follows the last newline can be cut off without looking like one of our lines.
-            if number == len(lines) or _is_cut_off(raw):
-                warnings.warn(f"{where}: never finished, its writer was killed; left out", TruncatedStore, stacklevel=3)
-                continue
-            raise StoreError(f"{where}: not JSON ({error}); mend or delete this line") from None
-        rows.append(_row(record, where))
+        end = data.find(b"\n", at)  # not splitlines, which also splits at separators inside text
+        end = len(data) if end < 0 else end
+        if _DOCUMENT_START.match(data[at : at + 200].decode("utf-8", "replace")):
+            found, end = _embedded(data, at, where)
+            rows += _rows_of(found, where)
+        elif data[at:end].strip():
+            rows += _line(data[at:end], where, end == len(data))
+        number += data.count(b"\n", at, end + 1)
+        at = end + 1 if data[end : end + 1].isspace() else end
     return rows
+
+
+def _embedded(data: bytes, at: int, where: str) -> tuple[dict[str, Any], int]:
+    """The document that begins at ``at``, and where it ends. Read as lines, one cut short would be an empty store."""
+    try:
+        text = data[at:].decode("utf-8").lstrip()
+        found, length = _DECODER.raw_decode(text)
+    except ValueError as error:
+        raise StoreError(f"{where}: the JSON document is damaged or cut short ({error}); export it again") from None
+    start = len(data) - len(text.encode("utf-8"))
+    return found, start + len(text[:length].encode("utf-8"))
+
+
+def _line(raw: bytes, where: str, last: bool) -> list[Row]:
+    """The row of one line; none, and a warning, if it was never finished."""
+    try:
+        record = _loads(raw.decode("utf-8"))
+    except ValueError as error:
+        # Only what follows the last newline can be cut off without looking like one of our lines.
+        if (last and raw.lstrip().startswith(b"{")) or _is_cut_off(raw):
+            warnings.warn(f"{where}: never finished, its writer was killed; left out", TruncatedStore, stacklevel=4)
+            return []
+        raise StoreError(f"{where}: not JSON ({error}); mend or delete this line") from None
+    return [_row(record, where)]
 
 
 def _row(record: Any, where: str) -> Row:
     if not isinstance(record, dict):
         raise StoreError(f"{where}: a {type(record).__name__}, not an object; this is not a file of rwkv-bench results")
+    if "schema" not in record and "kind" not in record:
+        raise StoreError(f"{where}: not a row of rwkv-bench but {of_another(record) or unknown(record)}")
     try:
         return Row.from_dict(migrate(record, where))
     except RowError as error:
         raise StoreError(f"{where}: {error}") from None
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+#: Strict JSON: NaN and Infinity, which json lets through, are errors.
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
 def _loads(text: str) -> Any:
-    """Strict JSON: NaN and Infinity, which json lets through, are errors."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
+    return _DECODER.decode(text)
 
 
 def _is_cut_off(raw: bytes) -> bool:
