@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from harness.machine.facts import allowed_cpus, cpu_detail, gpu_detail
+from harness.machine.facts import facts as machine_facts
 from harness.names import did_you_mean
 from reference.errors import InputError
 
@@ -30,6 +29,9 @@ KNOWN: dict[str, str] = {
     "snapdragon865": r"Snapdragon 865|SM8250",
 }
 
+
+#: Vendor -> what torch calls its devices; ROCm's have CUDA's name there.
+_DEVICES = {"NVIDIA": "cuda:{}", "AMD": "cuda:{}", "Apple": "mps"}
 
 #: Below this many parameters a model's weights stay in the cache of one core or two.
 SMALL_PARAMETERS = 8_000_000
@@ -54,16 +56,16 @@ class Hardware:
     device: str
     detail: str
     host: str | None = None
-    facts: Mapping[str, str | int] = field(default_factory=dict, compare=False)
+    facts: Mapping[str, str | int | float] = field(default_factory=dict, compare=False)
 
 
 @lru_cache(maxsize=1)
 def local_hardware() -> tuple[Hardware, ...]:
     """The CPU, then every GPU whose driver answers."""
-    found = [Hardware("cpu", "cpu", cpu_name())]
-    if platform.system() == "Darwin" and platform.machine() == "arm64":
-        found.append(Hardware(short_name(cpu_name()), "mps", cpu_name()))
-    found += [Hardware(short_name(name), f"cuda:{i}", name) for i, name in enumerate(_nvidia_gpus())]
+    found, counts = [Hardware("cpu", "cpu", cpu_name())], dict.fromkeys(_DEVICES, 0)
+    for gpu in machine_facts().gpus:
+        index, counts[gpu.vendor] = counts[gpu.vendor], counts[gpu.vendor] + 1
+        found.append(Hardware(short_name(gpu.name), _DEVICES[gpu.vendor].format(index), gpu.name))
     return tuple(found)
 
 
@@ -97,22 +99,13 @@ def short_name(detail: str) -> str:
 
 @lru_cache(maxsize=1)
 def cpu_name() -> str:
-    """Model name of the processor, with its number of logical CPUs that this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = match.group(1).strip() if match else name
-    except OSError:
-        if platform.system() == "Darwin":
-            name = _run(["sysctl", "-n", "machdep.cpu.brand_string"]) or name
-    return name
+    """Model name of the processor, as its system tells it."""
+    return machine_facts().cpu.name or platform.processor() or platform.machine()
 
 
 def usable_cpus() -> int:
-    """Logical CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Logical CPUs this process may keep busy, a container's quota included."""
+    return allowed_cpus()
 
 
 def default_threads(parameters: int) -> int:
@@ -162,29 +155,27 @@ def _free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def describe(hardware: Hardware) -> dict[str, str | int]:
-    """``hardware_detail`` of a row: full name, and what of the host bears on speed."""
+def describe(hardware: Hardware) -> dict[str, str | int | float]:
+    """``hardware_detail`` of a row: full name, and what of the machine bears on speed."""
     if hardware.host is not None:
         return {**hardware.facts, "name": hardware.detail, "host": hardware.host}
+    found = machine_facts()
+    on_cpu = hardware.device == "cpu"
+    own = cpu_detail(found) if on_cpu else _of_device(hardware)
     return {
         "name": hardware.detail,
         "cpus": usable_cpus(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "system": f"{platform.system()} {platform.machine()}",
+        **({} if physical_cores() is None else {"cores": physical_cores() or 0}),
+        "memory_bytes": found.memory_bytes,
+        "system": found.system,
         "python": platform.python_version(),
+        **own,
+        **({} if on_cpu else {"cpu": cpu_name()}),
     }
 
 
-def _nvidia_gpus() -> list[str]:
-    if not shutil.which("nvidia-smi"):
-        return []
-    return _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
-
-
-def _run(command: list[str]) -> str:
-    """What a query prints, or nothing where it fails: hardware that cannot be asked is not listed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
+def _of_device(hardware: Hardware) -> dict[str, str | int | float]:
+    """What the driver tells of a device; nothing for one that nobody has detected."""
+    devices = [place.device for place in local_hardware()][1:]
+    gpus = dict(zip(devices, machine_facts().gpus))  # noqa: B905 - of equal length; runs on Python 3.9 too
+    return gpu_detail(gpus[hardware.device]) if hardware.device in gpus else {}
