@@ -15,3 +15,8 @@ def kind_of(arithmetic: Arithmetic, name: str) -> str:
     if name in ("emb", "blocks.0.ln0") or name.endswith("residual"):
         return arithmetic.residual
     return arithmetic.activations if arithmetic.activations in ROUND else FP32
+
+
+def kind_within(arithmetic: Arithmetic, name: str) -> str:
+    """Type of what an operation keeps on its way to the result: the sums and exponentials of WKV have their own."""
+    return arithmetic.wkv if name == "att.wkv" else kind_of(arithmetic, name)

@@ -7,7 +7,6 @@ cause, and how well it does is said.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,27 +15,16 @@ from harness.localize.decoder import Decoder
 from harness.localize.describe import channels_in_words, tokens_in_words
 from harness.localize.evidence import Evidence
 from harness.localize.hypotheses_products import GATES, PRODUCTS
-from harness.localize.limits import FP16, FP32, LIMITS, kind_of
+from harness.localize.limits import FP16, LIMITS, kind_of, kind_within
 from harness.localize.match import Place, matches, place
+from harness.localize.nonfinite_wkv import Candidate, beyond, over, sums
 from harness.localize.whole import Model
-from reference.forward import PP, initial_state
 from reference.numerics import Arithmetic
-from reference.operations import steps
+from reference.operations import Step, steps
 from reference.weights import Weights, find_non_finite
 
 #: A candidate that predicts fewer than this share of what it and the backend have together is not named.
 _AGREEMENT = 0.5
-
-
-class Candidate(NamedTuple):
-    """One way to NaN or Inf.
-
-    text  says what overflows and by how much
-    mask  the elements it makes not finite, ``(T, width)``
-    """
-
-    text: str
-    mask: np.ndarray
 
 
 def non_finite(evidence: Evidence) -> str:
@@ -141,18 +129,18 @@ def _unexplained(found: Place, token: int, channel: int) -> str:
 def _candidates(found: Place) -> Iterator[Candidate]:
     """Every overflow that might be it, the declared arithmetic's first, then fp16 where it is not declared."""
     name, right = found.step.name, np.abs(found.right)
-    declared = kind_of(found.arithmetic, name)
+    declared, within = kind_of(found.arithmetic, name), kind_within(found.arithmetic, name)
     for kind in dict.fromkeys([declared, FP16]):
-        limit, said = LIMITS[kind], kind if kind == declared else f"{kind}, which is not what is declared"
-        yield Candidate(_over("the result itself overflows", right, limit, said), right > limit)
-        yield from _within(found, kind, said)
+        limit, said = LIMITS[kind], _said(kind, declared)
+        yield Candidate(over("the result itself overflows", right, limit, said), right > limit)
+    for kind in dict.fromkeys([within, FP16]):
+        yield from _within(found, kind, _said(kind, within))
     if name in PRODUCTS:
         yield from _sums(found)
 
 
-def _over(what: str, x: np.ndarray, limit: float, kind: str) -> str:
-    top = float(np.nanmax(x))
-    return f"{what}: {top:.4g} is {top / limit:.2f} times the largest {kind} ({limit:.5g})"
+def _said(kind: str, declared: str) -> str:
+    return kind if kind == declared else f"{kind}, which is not what is declared"
 
 
 def _within(found: Place, kind: str, said: str) -> Iterator[Candidate]:
@@ -161,7 +149,7 @@ def _within(found: Place, kind: str, said: str) -> Iterator[Candidate]:
     everywhere = np.ones(found.right.shape, dtype=bool)
     if name == "ffn.k2":
         k = np.maximum(part("ffn.k"), 0)
-        text = _over("the square of relu(k) overflows", np.square(k), limit, said)
+        text = over("the square of relu(k) overflows", np.square(k), limit, said)
         yield Candidate(
             f"{text}; it does from k = {limit**0.5:.4g} on, and k reaches {k.max():.4g}", np.square(k) > limit
         )
@@ -169,9 +157,9 @@ def _within(found: Place, kind: str, said: str) -> Iterator[Candidate]:
         x = part(found.step.operation.inputs[0])
         squares = np.square(x - x.mean(axis=-1, keepdims=True))
         summed = squares.sum(axis=-1, keepdims=True)
-        text = _over("the sum of squares of the LayerNorm overflows", summed, limit, said)
+        text = over("the sum of squares of the LayerNorm overflows", summed, limit, said)
         yield Candidate(text, everywhere & (summed > limit))
-        text = _over("a square within the LayerNorm overflows", squares, limit, said)
+        text = over("a square within the LayerNorm overflows", squares, limit, said)
         yield Candidate(text, everywhere & (squares > limit).any(axis=-1, keepdims=True))
         still = squares.max(axis=-1, keepdims=True) == 0
         yield Candidate("0/0: all channels are equal, and the LayerNorm has no eps", everywhere & still)
@@ -181,27 +169,7 @@ def _within(found: Place, kind: str, said: str) -> Iterator[Candidate]:
         text = f"e^x overflows {said} from {top:.4g} on, and e^x / (1 + e^x) is Inf/Inf; x reaches {x.max():.4g}"
         yield Candidate(text, x > top)
     if name == "att.wkv":
-        yield from _exponentials(found, kind, said)
-
-
-def _exponentials(found: Place, kind: str, said: str) -> Iterator[Candidate]:
-    """WKV without the max trick; a state that starts at what the type does not hold."""
-    part, limit = found.part_right(), LIMITS[kind]
-    k, top = part("att.k"), float(np.log(limit))
-    sums = np.maximum.accumulate(k, axis=0)
-    first = found.weights[found.step.at + "att.time_first"].array(np.float64)
-    text = f"e^k overflows {said} from k = {top:.4g} on: WKV without the max trick; k reaches {k.max():.4g}"
-    yield Candidate(text, (sums > top) | (k + first > top))
-    tiny = {FP16: -17.33, FP32: -103.98}.get(kind, -92.9)
-    low = np.maximum(np.concatenate([np.full_like(k[:1], -np.inf), sums[:-1]]), k + first) < tiny
-    text = (
-        f"0/0: every e^k so far is 0 {said} below k = {tiny:.4g}, without the max trick; k starts at {k[0].min():.4g}"
-    )
-    yield Candidate(text, low)
-    if kind == FP16:
-        start = initial_state(found.weights.config)[0, PP, 0]
-        text = f"the state's pp starts at {start:.0e}, which is -Inf in {said}, and -Inf - -Inf is NaN"
-        yield Candidate(text, np.ones(k.shape, dtype=bool))
+        yield from beyond(found, kind, said)
 
 
 def _sums(found: Place) -> Iterator[Candidate]:
@@ -217,8 +185,8 @@ def _sums(found: Place) -> Iterator[Candidate]:
         partial = np.abs(np.cumsum(products, axis=1)).max(axis=1)
         largest[token], mask[token] = partial, partial > limit
         single[token] = np.abs(products).max(axis=1)
-    yield Candidate(_over("a partial sum of the product overflows", largest, limit, said), mask)
-    yield Candidate(_over("a single product overflows", single, limit, said), single > limit)
+    yield Candidate(over("a partial sum of the product overflows", largest, limit, said), mask)
+    yield Candidate(over("a single product overflows", single, limit, said), single > limit)
 
 
 def _of_model(evidence: Evidence) -> str:
@@ -243,6 +211,8 @@ def _beyond(
     for step in order:
         if step.name not in results:
             continue
+        if step.name == "att.wkv":
+            yield from _sums_beyond(results, step, arithmetic, weights)
         kind = kind_of(arithmetic, step.name)
         top, limit = float(np.abs(results[step.name]).max()), LIMITS[kind]
         if top > limit:
@@ -250,6 +220,17 @@ def _beyond(
             times = f"{top / limit:.2f} times the largest {kind} ({limit:.5g})"
             where = f"first at token {token}, channel {channel}"
             yield f"{step.point} overflows: truth has {top:.4g} there, {times}, {where}"
+
+
+def _sums_beyond(results: dict[str, np.ndarray], step: Step, arithmetic: Arithmetic, weights: Weights) -> Iterator[str]:
+    """The sums of WKV, whose means may fit where they do not."""
+    kind = kind_within(arithmetic, step.name)
+    w = np.exp(weights[step.at + "att.time_decay"].array(np.float64))
+    u = weights[step.at + "att.time_first"].array(np.float64)
+    made = sums(results["att.k"], results["att.v"], w, u)
+    for name in ("aa", "bb"):
+        if not made[name].max() <= LIMITS[kind]:
+            yield over(f"the sum {name} of {step.point} overflows", made[name], LIMITS[kind], kind)
 
 
 def _fp16_words(model: Model, layers: Sequence[int]) -> str:

@@ -111,6 +111,29 @@ def test_exponentials_without_the_max_trick() -> None:
     assert "e^k overflows fp32 from k = 88.72 on" in found or "0/0" in found
 
 
+def test_sums_of_wkv_beyond_fp16_whose_mean_is_not() -> None:
+    """Values below the limit that are remembered for ever: one more brings their sum beyond it."""
+    slow: dict[str, np.ndarray] = {
+        "blocks.1.att.time_decay": np.full(32, -9, np.float32),
+        "blocks.1.att.key.weight": np.zeros((32, 32), np.float32),
+    }
+    weights = grown(att__value__weight=1).map(lambda name, tensor: Tensor.of(slow[name]) if name in slow else tensor)
+    largest = np.abs(traced(weights, Arithmetic())["blocks.1.att.v"]).max()
+    value = weights["blocks.1.att.value.weight"].array() * np.float32(6e4 / largest)
+    weights = weights.map(lambda name, tensor: Tensor.of(value) if name == "blocks.1.att.value.weight" else tensor)
+    v = traced(weights, Arithmetic())["blocks.1.att.v"].astype(np.float64)
+    bare = np.abs(np.cumsum(v * np.exp(-np.exp(-9.0) * np.arange(24)[::-1, None]), axis=0))
+    assert bare.max() > 65504 > np.abs(v).max()
+    fp16 = Arithmetic("fp16", "fp16", "fp16", "fp16")
+    found = text(weights, "att.wkv", ("att.k", "att.v"), None, fp16)
+    assert "WKV's sum aa (of values) overflows" in found
+    assert f"times the largest fp16 (65504), first at token {np.argwhere(bare > 65504)[0][0]}" in found
+    assert "no others" in found
+    assert "pp starts" not in found
+    shown = Evidence(weights, weights, "fp32", fp16, TOKENS, None, 1, state=np.full((3, 5, 32), np.nan))
+    assert "the sum aa of blocks.1.att.wkv overflows" in explain(shown).text
+
+
 def test_a_state_that_starts_beyond_fp16() -> None:
     weights = grown()
     found = text(weights, "att.wkv", ("att.k", "att.v"), np.full((24, 32), np.nan, np.float32), MIXED)
