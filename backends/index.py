@@ -32,6 +32,7 @@ BUILT_IN: dict[str, str] = {
     "faster-rwkv": "backends.faster_rwkv",
     "tvm": "backends.tvm_mlc",
     "mlc-chat": "backends.mlc_chat_cli",
+    "mlx": "backends.mlx_rwkv",
 }
 
 #: Backend -> the environment variable that names a library or program of the user's, which it then drives.

@@ -16,6 +16,7 @@ from reference.codecs_bigdl import ASYM_INT4, SYM_INT4, SYM_INT5, SYM_INT8
 from reference.codecs_ggml import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from reference.codecs_ggml_v100 import Q4_0_V100, Q4_1_O, Q4_1_V100, Q4_2, Q4_3
 from reference.codecs_mlc import MlcGroups
+from reference.codecs_mlx import MLX_SCHEMES, MlxGroups
 from reference.codecs_onnx import ONNX_SCHEMES, OnnxScheme
 from reference.codecs_rwkv_int8 import RwkvInt8
 from reference.config import is_matrix, preset, tensor_shapes
@@ -33,7 +34,7 @@ class Scheme:
 
     system  where the name comes from
     codec   ``None``: no codec here, so only quality can be judged, not the kernel
-    scales  types of what a group stores beside its codes; empty: nothing. ``min`` has the type of the scale,
+    scales  types of what a group stores beside its codes; empty: nothing. ``min``, what is added, has the scale's type,
             ``zero`` is an integer of the codes' bits
     stated  bits per weight of a scheme without a codec
     """
@@ -99,6 +100,12 @@ def _mlc(kept: Floats, bits: int, layout: str, group: int = 32, *, ends: bool = 
 def _ggml(packing: Packing) -> Codec:
     """rwkv.cpp: embedding and head stay as they are in the file that is quantized, vectors are float32."""
     return Codec(Packed(packing), embedding=SOURCE, head=SOURCE, vectors=F32)
+
+
+def _mlx(packing: MlxGroups) -> Codec:
+    """mlx-lm: every linear layer, the embedding and the head are quantized, all else is in the model's type."""
+    kept = Packed(packing)
+    return Codec(kept, embedding=kept, head=kept, vectors=F16)
 
 
 def _bigdl(packing: Packing) -> Codec:
@@ -169,6 +176,7 @@ _ALL = (
     Scheme("sym_int8", "int8", "BigDL", _bigdl(SYM_INT8), "f32"),
     Scheme("fp32i8", "int8", "ChatRWKV", _chatrwkv(F32, np.float32), "f32+min"),
     Scheme("fp16i8", "int8", "ChatRWKV", _chatrwkv(F16, np.float16), "f16+min"),
+    *(Scheme(name, f"int{kept.bits}", "MLX", _mlx(kept), "f16+min") for name, kept in MLX_SCHEMES.items()),
     *(_onnx(name, kept) for name, kept in ONNX_SCHEMES.items()),
 )
 
