@@ -175,7 +175,6 @@ def _status(request: Request, planned: Plan, collector: Collector, known: set[st
 def quality(arguments: Namespace) -> int:
     """``quality``: how far every cell is from the fp32 weights on a text, then the table."""
     from harness.collect import store_path
-    from harness.plan import plan
     from harness.quality import work
     from reports.output import check_output
     from reports.quality_table import formatted, summary
@@ -183,9 +182,9 @@ def quality(arguments: Namespace) -> int:
     command = command_file("quality")
     command.refuse_phones(arguments)
     asked, request = command.asked(arguments), command.requested(arguments)
-    planned = plan(request)
+    planned = command.planned(request, asked)
     if arguments.dry_run:
-        return _dry_run(request, planned, None, arguments, asked.seconds)
+        return _dry_run(request, planned, None, arguments, command.seconds(planned, asked))
     store = store_path(arguments.store, make=bool(planned.cells or planned.refused))
     check_output(arguments.output, store)
     job = command.job(request, asked)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harness.cell_rows import Job
-    from harness.plan import Request
-    from harness.quality.work import Asked
+    from harness.plan import Cell, Plan, Request
+    from harness.quality.asked import Asked
 
 HELP = "perplexity, KL divergence, top-1 agreement against the fp32 weights"
 
@@ -22,11 +22,14 @@ examples:
   rwkv-bench quality --model RWKV-4-169M.pth --text wiki.txt --tokens 16384
   rwkv-bench quality --model RWKV-4-169M.pth --data lambada_test.jsonl
   rwkv-bench quality --context 0         one run, state carried through
+  rwkv-bench quality --backend onnx --quant int4 --against rwkv.cpp:Q4_0
 
 what is shown:
   KL       from the fp32 weights to the system, nat a token; of that
   weights  what storing the weights does, whoever computes
   kernel   how far the backend is from what those stored weights give
+  against  KL less that of the cell that --against names, in % of it: no worse,
+           worse or undecided by the interval of that difference
 Intervals are of 95 %, over blocks of the text; docs/quality.md says how.
 """
 
@@ -57,13 +60,19 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--documents", type=_whole(2, MOST_DOCUMENTS), default=500, metavar="N", help="of LAMBADA (default 500)"
     )
     group.add_argument("--tokenizer", metavar="FILE", help="bytes, world, pile or a file (default: beside the model)")
+    group = parser.add_argument_group("compared with another cell, position by position")
+    group.add_argument(
+        "--against", type=_against, metavar="BACKEND:SCHEME", help="a cell that is run first, such as rwkv.cpp:Q4_0"
+    )
+    group.add_argument("--no-worse", action="store_true", help="a cell whose divergence is worse than that one's fails")
+    group.add_argument("--strict", action="store_true", help="with --no-worse: one that is undecided fails too")
     # What the request of `run` says of timing is not asked here.
     parser.set_defaults(quick=False, prompt_tokens=None, decode_tokens=None, repeats=None)
 
 
 def asked(arguments: argparse.Namespace) -> Asked:
     """On what to measure. Raises InputError for files that are not there and sizes that do not go together."""
-    from harness.quality.work import Asked
+    from harness.quality.asked import Asked
     from reference.errors import InputError
 
     if arguments.context and arguments.tokens < 2 * arguments.context:
@@ -71,6 +80,10 @@ def asked(arguments: argparse.Namespace) -> Asked:
             f"--tokens {arguments.tokens} are fewer than two segments of {arguments.context}; "
             "use more --tokens or a shorter --context; an interval needs eight blocks"
         )
+    lacking = next((name for name in ("no_worse", "strict") if getattr(arguments, name)), None)
+    needed = "against" if lacking == "no_worse" else "no_worse"
+    if lacking is not None and not getattr(arguments, needed):
+        raise InputError(f"--{lacking.replace('_', '-')} needs --{needed.replace('_', '-')}")
     for option in ("text", "data"):
         path = getattr(arguments, option)
         if path is not None and not os.path.exists(path):
@@ -82,6 +95,9 @@ def asked(arguments: argparse.Namespace) -> Asked:
         data=arguments.data,
         documents=arguments.documents,
         tokenizer=arguments.tokenizer,
+        against=arguments.against,
+        no_worse=arguments.no_worse,
+        strict=arguments.strict,
     )
 
 
@@ -102,6 +118,9 @@ def job(request: Request, wanted: Asked) -> Job:
     words = ["--tokens", str(wanted.tokens), "--context", str(wanted.context), "--documents", str(wanted.documents)]
     for name, value in (("text", wanted.text), ("data", wanted.data), ("tokenizer", wanted.tokenizer)):
         words += [f"--{name}", value] if value is not None else []
+    if wanted.against is not None:
+        words += ["--against", ":".join(wanted.against), *(["--no-worse"] if wanted.no_worse else [])]
+        words += ["--strict"] if wanted.strict else []
     return Job(request, None, new_run_id(), ("quality", *words))
 
 
@@ -113,6 +132,27 @@ def refuse_phones(arguments: argparse.Namespace) -> None:
     phones = phones_of(arguments.hardware)
     if phones:
         raise Unsupported(f"phone {phones[0].name}: its program shows no logits, so there is no quality to measure")
+
+
+def planned(request: Request, wanted: Asked) -> Plan:
+    """The cells, the one of ``--against`` before the others of its model."""
+    from harness.quality.asked import planned as planned_cells
+
+    return planned_cells(request, wanted)
+
+
+def seconds(cells: Plan, wanted: Asked) -> Callable[[Cell], float]:
+    """What a cell takes beyond its gate, predicted."""
+    from harness.quality.asked import seconds as predicted
+
+    return predicted(cells, wanted)
+
+
+def _against(text: str) -> tuple[str, str]:
+    backend, _, scheme = text.rpartition(":")  # the path of a backend's file may have a colon
+    if not backend or not scheme or "all" in (backend, scheme):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no one cell; BACKEND:SCHEME, such as rwkv.cpp:Q4_0")
+    return backend, scheme
 
 
 def _context(text: str) -> int:

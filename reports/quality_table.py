@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from harness.quality.paired import ROUNDING
 from harness.rows import Row
 from reports import output
+from reports.quality_csv import to_csv
 from reports.tables import Table, group_cells, markdown, number, shared_by, shared_key, small, title_of, verdict_of
 from reports.terminal import render
 
 #: Columns to do without where there is no room, the first one first.
 _SPARE = ("top-5 %", "bit/byte", "vs fp32", "ppl")
 
-#: A divergence below this may be the rounding of the baseline (:mod:`harness.quality.baseline`).
-_NOTHING = 1e-11
-
 _NOT_RUN = ("UNAVAILABLE", "UNSUPPORTED")
 
 
 def formatted(rows: Sequence[Row], kind: str, width: int | None = None, colour: bool = False) -> str:
-    """As :func:`reports.output.formatted`, ``table`` and ``md`` with the columns of quality."""
+    """As :func:`reports.output.formatted`, ``table``, ``md`` and ``csv`` with the columns of quality."""
+    if kind == "csv":
+        return to_csv(rows)
     if kind not in ("table", "md"):
         return output.formatted(rows, kind, width, colour)
     if not rows:
@@ -59,6 +61,7 @@ _COLUMNS: dict[str, str] = {
     "KL": "kl_divergence",
     "weights": "kl_divergence",
     "kernel": "kl_divergence",
+    "against": "kl_divergence",
     "top-1 %": "top1_agreement",
     "ppl": "perplexity",
     "vs fp32": "perplexity",
@@ -94,6 +97,8 @@ def _figure(name: str, row: Row) -> str | None:
     if name in ("weights", "kernel"):
         part = (row.quality or {}).get(name)
         return None if part is None else _divergence(part["value"])
+    if name == "against":
+        return _against((row.quality or {}).get("against"))
     if row.unit == "fraction":
         return _percent(row.value, row.interval)
     return _relative(_divergence(row.value) if name == "KL" else number(row.value), row)
@@ -111,7 +116,7 @@ def _judged(group: Sequence[Row]) -> str:
 
 def _divergence(value: float) -> str:
     """``0.0123``, ``3.1e-6``, ``0``: only what is the same by definition."""
-    if value < _NOTHING:
+    if value < ROUNDING:
         return "<1e-11" if value else "0"
     return f"{value:.3g}" if value >= 1e-3 else small(value)
 
@@ -129,6 +134,26 @@ def _percent(value: float, interval: tuple[float, float] | None) -> str:
     if interval is None:
         return f"{100 * value:.1f}"
     return f"{100 * value:.1f} ±{100 * max(interval[1] - value, value - interval[0]):.1f}"
+
+
+def _against(about: Mapping[str, Any] | None) -> str | None:
+    """``-31 ±5% no worse``: a difference of divergences in per cent of the other's; the other itself: ``=``."""
+    if about is None:
+        return None
+    difference, interval, other = about["difference"], about["interval"], about["value"]
+    if difference is None:
+        return str(about["finding"])
+    if difference == 0 and interval in (None, [0, 0]):
+        return "="
+    if not other > ROUNDING:  # of nothing there are no per cent
+        return f"{difference:+.1g} {about['finding']}"
+    half = "" if interval is None else f" ±{_rounded(100 * (interval[1] - difference) / other)}"
+    return f"{_rounded(100 * difference / other, '+')}{half}% {about['finding']}"
+
+
+def _rounded(value: float, sign: str = "") -> str:
+    """Per cent, in whole ones from ten on."""
+    return f"{value:{sign}.0f}" if abs(value) >= 9.5 else f"{value:{sign}.1f}"
 
 
 def _times(row: Row) -> str | None:
@@ -159,16 +184,22 @@ def _passage(rows: Sequence[Row]) -> str:
 _LEGEND = (
     "KL from the fp32 weights, nat/token; weights: by how they are stored; kernel: by what the backend makes of them"
 )
+_PAIRED = "against: KL less that of {} on the same positions, in % of it; the word is by the 95 % interval"
 
 
 def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:
     """What the columns mean, and why cells have no figures or not the full verdict: each reason once."""
     found: dict[str, list[str]] = {}
     figures = False
+    others: dict[str, None] = {}
     for row in (row for group in cells for row in group):
         figures = figures or row.metric == "kl_divergence"
+        about = (row.quality or {}).get("against")
+        if about is not None:
+            others[f"{about['backend']} {about['scheme']}"] = None
         if row.reason and (row.verdict not in ("PASS", None) or (row.metric == "perplexity" and row.synthetic)):
             text = row.reason if row.verdict == "PASS" else f"{row.verdict}: {row.reason}"
             found.setdefault(text, []).append(f"{row.backend} {row.scheme}")
     reasons = [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in found.items()]
-    return [*([_LEGEND] if figures else []), *reasons]
+    compared = [_PAIRED.format(", ".join(others))] if others else []
+    return [*([_LEGEND] if figures else []), *compared, *reasons]

@@ -4,7 +4,8 @@ Computed in float64 call by call, kept as float32, so that neither the vocabular
 memory is taken. Rounding to float32 moves a log-probability l by at most 2^-24 |l|. Near zero that moves a
 divergence by less than 2e-12 nat (|l| up to 32); elsewhere by its first order, at most 2^-24 sum P (|l| + E|l|) |d|
 with d the difference of log-probabilities: up to 9e-9 at a divergence of 0.01, a millionth of it. Cached by content
-in one file, written as it is computed and whole or not at all.
+in one file, written as it is computed and whole or not at all. The files together are held to CACHE_BYTES: those
+that were not used for longest go first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -41,6 +43,12 @@ WORK_ELEMENTS = 1 << 20
 
 #: Files of the fp32 weights may be this large; those of a scheme, which are many, this.
 FP32_BYTES, SCHEME_BYTES = 4 << 30, 64 << 20
+
+#: All files together; a new one makes room for itself.
+CACHE_BYTES = 8 << 30
+
+#: A file that is still being written after so many seconds was left by a process that was killed.
+_LEFT_SECONDS = 24 * 3600
 
 
 def call_length(n_vocab: int) -> int:
@@ -103,8 +111,10 @@ class _Writer:
             return
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
             if 4 * shape[0] * shape[1] > shutil.disk_usage(path.parent).free // 4:
                 return
+            make_room(path.parent, 4 * shape[0] * shape[1])
             file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)  # noqa: SIM115
             self._file, self._part = file, file.name
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -152,7 +162,42 @@ def _cached(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
         total = np.exp(found[start : start + 64].astype(np.float64)).sum(axis=-1)
         if not np.all(np.abs(total - 1) < 1e-4):
             return None
+    with suppress(OSError):
+        os.utime(path)  # used now: the last to go
     return np.asarray(found)
+
+
+def make_room(folder: Path, wanted: int) -> None:
+    """Remove files that were not used for longest until ``wanted`` bytes more are within CACHE_BYTES.
+
+    A file that another process has mapped stays readable to it. What cannot be removed stays.
+    """
+    known = sorted((found for file in folder.glob("*.npy") if (found := _age_and_size(file))), key=lambda one: one[0])
+    total = sum(size for _, size, _ in known)
+    for _, size, file in known:
+        if total + wanted <= CACHE_BYTES:
+            return
+        with suppress(OSError):
+            file.unlink()
+            total -= size
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for part in folder.glob("*.part"):
+        found = _age_and_size(part)
+        if found is not None and time.time() - found[0] > _LEFT_SECONDS:
+            with suppress(OSError):
+                part.unlink()
+
+
+def _age_and_size(file: Path) -> tuple[float, int, Path] | None:
+    """When it was last used, in seconds, and its bytes; ``None`` where it has gone meanwhile."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_mtime, about.st_size, file
 
 
 def _path(key: str, scheme: str, passage: Passage) -> Path:

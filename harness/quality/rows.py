@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from harness.quality.intervals import (
     ratio,
     wilson,
 )
+from harness.quality.paired import Against, compared, shortcoming
 from harness.quality.passage import Passage
 from harness.quality.scores import BadLogits, Scores
 from harness.rows import METRIC_UNITS, Row
@@ -32,7 +33,16 @@ METRICS = ("perplexity", "bits_per_byte", "kl_divergence", "top1_agreement", "to
 SYNTHETIC = "synthetic weights: this says nothing of any text, only divergence and agreement mean something"
 
 
-def score_rows(base: Row, passage: Passage, scores: Scores, bad: str | None) -> list[Row]:
+@dataclass(frozen=True)
+class Demand:
+    """What a cell's divergence is held against. ``no_worse``: it fails if it is worse; ``strict``: also undecided."""
+
+    against: Against | None = None
+    no_worse: bool = False
+    strict: bool = False
+
+
+def score_rows(base: Row, passage: Passage, scores: Scores, bad: str | None, demand: Demand = Demand()) -> list[Row]:
     """The rows of one session on one passage. ``bad``: why its kernel, and so no figure of it, passes."""
     blocks = edges(len(passage), passage.context, passage.spacing)
     about = described(passage, len(blocks) - 1)
@@ -51,9 +61,14 @@ def score_rows(base: Row, passage: Passage, scores: Scores, bad: str | None) -> 
         found.append(_row(base, "bits_per_byte", bits, {**about, "fp32": known}, bad))
     parts = {"weights": scores.kl_weights, "kernel": scores.kl_kernel}
     shares = {name: _share(positive(values, blocks)) for name, values in parts.items() if values is not None}
+    lacking = bad
+    if demand.against is not None:
+        shares["against"] = compared(scores.kl, demand.against, blocks)
+        if demand.no_worse:
+            lacking = "; ".join(filter(None, (bad, shortcoming(shares["against"], demand.strict)))) or None
     return [
         *found,
-        _row(base, "kl_divergence", positive(scores.kl, blocks), {**about, **shares}, bad),
+        _row(base, "kl_divergence", positive(scores.kl, blocks), {**about, **shares}, lacking),
         _row(base, "top1_agreement", fraction(scores.top1, blocks), about, bad),
         _row(base, "top5_agreement", fraction(scores.top5, blocks), about, bad),
     ]

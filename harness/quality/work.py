@@ -12,79 +12,61 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from harness.budget import shortage
 from harness.cell_rows import Job, arithmetic_text, base_row, itself_rows, parity_rows, refused_row
 from harness.console import say
-from harness.estimate import probe
-from harness.models import Model, gate_tokens, model_config, open_model
+from harness.models import Model, gate_tokens, open_model
 from harness.parity import gate
 from harness.plan import Cell, Plan, memory_needed
+from harness.quality.asked import Asked
 from harness.quality.lambada import Question, answers, beside, questions, sha256
+from harness.quality.paired import Against
 from harness.quality.passage import Passage, passage_of, whole_segments
-from harness.quality.rows import failed_lambada, failed_rows, lambada_row, score_rows
+from harness.quality.rows import Demand, failed_lambada, failed_rows, lambada_row, score_rows
 from harness.quality.scores import score
 from harness.rows import Row, RowError
 from harness.run import GATE_TOKENS, Emit, Tell, apart_of, failure_row
 from harness.session import Opened, open_session
 from harness.store import StoreError
 from harness.without_codec import NotComparable, has_codec, quality, truth_for
-from reference.config import count_parameters
-
-
-@dataclass(frozen=True)
-class Asked:
-    """On what quality is measured.
-
-    text, data  files; ``None``: the held-out text, and LAMBADA where it lies beside the checkpoint
-    documents   how many passages of LAMBADA
-    """
-
-    text: str | None = None
-    tokens: int = 4096
-    context: int = 128
-    data: str | None = None
-    documents: int = 500
-    tokenizer: str | None = None
-
-    def seconds(self, cell: Cell) -> float:
-        """Predicted time of a cell beyond its gate: the reference twice in float64, the system in single steps."""
-        config = model_config(cell.model)
-        rate, bandwidth = probe()
-        read = count_parameters(config) - config.n_vocab * config.n_embd
-        positions = self.tokens + (_LAMBADA_TOKENS * self.documents if self.data else 0)
-        exact = 2 * 2.0 * read / (rate / 2)
-        return self.tokens * exact + positions * 4.0 * read / bandwidth
-
-
-#: Tokens of a LAMBADA passage, about.
-_LAMBADA_TOKENS = 90
 
 
 @dataclass
 class _Texts:
-    """A model with what it is asked on."""
+    """A model with what it is asked on. ``demand``: what its cells are compared with, as soon as that has run."""
 
     model: Model
     passage: Passage
     asked: list[Question] = field(default_factory=list)
     data: str = ""
+    demand: Demand = field(default_factory=Demand)
 
 
-def run(plan: Plan, job: Job, asked: Asked, emit: Emit, tell: Tell) -> None:
+def run(cells: Plan, job: Job, asked: Asked, emit: Emit, tell: Tell) -> None:
     """Run every cell in order. Whatever one cell does, the next one runs; only Ctrl-C goes through.
+
+    cells  of :func:`harness.quality.asked.planned`
 
     Raises InputError for a text, a model or a tokenizer that is wrong.
     """
-    for refusal in plan.refused:
+    for refusal in cells.refused:
         emit(refused_row(refusal, job), refusal.by_name)
     opened: dict[str, _Texts] = {}
-    for cell in plan.cells:
+    for cell in cells.cells:
         if cell.model not in opened:
             tell(cell, "opening the model")
             opened.clear()  # one model at a time: two 7B checkpoints do not fit
             gc.collect()
             opened[cell.model] = _texts(cell.model, asked, job.request.seed)
-        _run_cell(cell, opened[cell.model], job, lambda row: emit(row, job.request.explicit), tell)
+        texts = opened[cell.model]
+        by_name = job.request.explicit or asked.names(cell)
+        _run_cell(cell, texts, job, partial(_with, emit, by_name), tell)
+
+
+def _with(emit: Emit, by_name: bool, row: Row) -> None:
+    emit(row, by_name)
 
 
 def _texts(name: str, asked: Asked, seed: int) -> _Texts:
@@ -96,7 +78,9 @@ def _texts(name: str, asked: Asked, seed: int) -> _Texts:
         say(f"{name}: {len(passage)} positions of {asked.tokens} asked for, {why}")
     data = asked.data or beside(model)
     last_words = questions(data, model, asked.documents, asked.tokenizer) if data else []
-    return _Texts(model, passage, last_words, Path(data or "").name)
+    against = Against(*asked.against) if asked.against is not None else None
+    demand = Demand(against, asked.no_worse, asked.strict)
+    return _Texts(model, passage, last_words, Path(data or "").name, demand)
 
 
 def _run_cell(cell: Cell, texts: _Texts, job: Job, emit: Callable[[Row], None], tell: Tell) -> None:
@@ -149,11 +133,19 @@ class _Work:
         except NotComparable as error:
             rows = failed_rows(base, passage, error)
         else:
-            rows = score_rows(base, passage, scores, bad)
+            rows = score_rows(base, passage, scores, bad, self._demand(scores.kl))
         for row in rows:
             self.emit(row)
         if self.texts.asked:
             self._last_words(opened, base, bad)
+
+    def _demand(self, kl: np.ndarray) -> Demand:
+        """What this cell is compared with; of the first cell that is so named, all are from now on."""
+        demand, cell = self.texts.demand, self.cell
+        other = demand.against
+        if other is not None and other.kl is None and (other.backend, other.scheme) == (cell.backend, cell.scheme):
+            demand = self.texts.demand = replace(demand, against=replace(other, kl=kl))
+        return demand
 
     def _last_words(self, opened: Opened, base: Row, bad: str | None) -> None:
         """Emit the row of LAMBADA."""

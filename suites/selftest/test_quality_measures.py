@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -337,6 +339,48 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     cache.unlink()
     assert len(list(log_probabilities(weights, "fp32", passage, "key"))) == 3
     assert not cache.exists()
+
+
+def test_files_not_used_for_longest_make_room(
+    weights: Weights, passage: Passage, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three fit; the fourth takes the place of the one that was used before the two others."""
+    size = 4 * len(passage) * 256
+    monkeypatch.setattr(baseline, "CACHE_BYTES", 3 * size + 3 * 200)  # with their headers
+    files: dict[str, Path] = {}
+    for age, key in enumerate(("first", "second", "third")):
+        list(log_probabilities(weights, "fp32", passage, key))
+        (files[key],) = set(cache.iterdir()) - set(files.values())
+        os.utime(files[key], (1000 + age, 1000 + age))
+    list(log_probabilities(weights, "fp32", passage, "first"))  # read: now the last to go
+    list(log_probabilities(weights, "fp32", passage, "fourth"))
+    assert not files["second"].exists()
+    assert files["first"].exists()
+    assert files["third"].exists()
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_one_file_larger_than_all_room_leaves_only_itself(
+    weights: Weights, passage: Passage, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("one", "two"):
+        list(log_probabilities(weights, "fp32", passage, key))
+    monkeypatch.setattr(baseline, "CACHE_BYTES", 1000)
+    list(log_probabilities(weights, "fp32", passage, "three"))
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_being_written_is_not(
+    weights: Weights, passage: Passage, cache: Path
+) -> None:
+    cache.mkdir(parents=True)
+    old, new = cache / "old.part", cache / "new.part"
+    for part, age in ((old, 2 * 86400), (new, 60)):
+        part.write_bytes(b"half")
+        os.utime(part, (time.time() - age,) * 2)
+    list(log_probabilities(weights, "fp32", passage, "key"))
+    assert not old.exists()
+    assert new.exists()
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
