@@ -1,0 +1,126 @@
+"""Rows -> independent blocks of each cell and metric, and each cell's verdict.
+
+A row that says which of its samples form a block (``blocks``: start and count) has as many blocks; any other row,
+being one process at one time, is one. A block is worth the median of its samples: what is in it is not independent.
+A block marked as disturbed is left out, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from harness.rows import Row, cell, identity
+from reference.errors import InputError
+
+#: What is compared: speeds, and the time to the first token where it is asked for.
+SPEEDS = ("prefill", "decode")
+METRICS = (*SPEEDS, "time_to_first_token")
+
+#: Marks of a block that was taken under disturbance.
+_DISTURBED = ("disturbed", "left_out", "excluded")
+
+#: Verdicts of cells that have a speed.
+_TIMED = ("PASS", "UNSUPPORTED", None)
+
+
+@dataclass
+class Series:
+    """One cell and metric in one file: logarithms of block times in ns, in order of time."""
+
+    row: Row
+    logs: list[float] = field(default_factory=list)
+    left_out: int = 0
+    runs: set[str] = field(default_factory=set)
+
+    @property
+    def times(self) -> np.ndarray:
+        """``(blocks,)``."""
+        return np.array(self.logs)
+
+
+@dataclass(frozen=True)
+class File:
+    """What one file says.
+
+    series    (cell, metric) -> its blocks              verdicts  cell -> the last verdict on it, and why
+    rows      cell -> any row of it, for its names      doubled   rows left out as copies of others
+    """
+
+    series: Mapping[tuple[Any, ...], Series]
+    verdicts: Mapping[tuple[Any, ...], tuple[str, str]]
+    rows: Mapping[tuple[Any, ...], Row]
+    doubled: int
+
+
+def read_rows(rows: Sequence[Row], metrics: Sequence[str] = SPEEDS) -> File:
+    """Measured rows only; others carry no samples that could be compared."""
+    own: dict[tuple[Any, ...], Row] = {}
+    measured = [row for row in rows if row.kind == "measured"]
+    for row in measured:
+        own.setdefault(identity(row), row)
+    series: dict[tuple[Any, ...], Series] = {}
+    verdicts: dict[tuple[Any, ...], tuple[str, str, str]] = {}
+    known: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(own.values(), key=lambda row: row.time or ""):
+        key = cell_of(row)
+        known.setdefault(key, row)
+        if row.verdict is not None:
+            verdicts[key] = _worst(verdicts.get(key), row)
+        if row.metric in metrics and row.samples and row.verdict in _TIMED:
+            found = series.setdefault((key, row.metric), Series(row))
+            _add(found, row)
+    said = {key: (verdict, why) for key, (verdict, why, _) in verdicts.items()}
+    return File(series, said, known, len(measured) - len(own))
+
+
+def cell_of(row: Row) -> tuple[Any, ...]:
+    """The cell without the driver, which parity rows do not have."""
+    return cell(replace(row, driver=None, quality=None))
+
+
+def _add(series: Series, row: Row) -> None:
+    """The blocks of one more row."""
+    series.runs.add(row.run or "")
+    samples = np.asarray(row.samples, dtype=float)
+    if not (samples > 0).all():
+        raise InputError(f"{row.backend} {row.scheme}, {row.metric}: a sample is not above 0 ns; measure it again")
+    for start, count, disturbed in _spans(row, len(samples)):
+        if disturbed:
+            series.left_out += 1
+        else:
+            series.logs.append(float(np.log(np.median(samples[start : start + count]))))
+
+
+def _spans(row: Row, total: int) -> list[tuple[int, int, bool]]:
+    """Start, count and whether it is to be left out, of each block of a row."""
+    blocks = getattr(row, "blocks", None) or row.extra.get("blocks")
+    if not blocks:
+        return [(0, total, False)]
+    found = []
+    for block in blocks:
+        try:
+            start, count = int(block["start"]), int(block["count"])
+        except (TypeError, KeyError, ValueError):
+            raise InputError(f"{row.backend} {row.scheme}, {row.metric}: a block without start and count") from None
+        if not 0 <= start < start + count <= total:
+            raise InputError(
+                f"{row.backend} {row.scheme}, {row.metric}: a block of samples {start} to {start + count - 1}; "
+                f"there are {total}"
+            )
+        found.append((start, count, any(bool(block.get(mark)) for mark in _DISTURBED)))
+    return found
+
+
+_ORDER = ("CRASHED", "TIMEOUT", "FAIL", "UNAVAILABLE", "UNSUPPORTED", "PASS")
+
+
+def _worst(before: tuple[str, str, str] | None, row: Row) -> tuple[str, str, str]:
+    """The worst verdict of the latest run: an older run's failure that has been mended does not count."""
+    new = (str(row.verdict), row.reason or "", row.run or "")
+    if before is None or before[2] != new[2]:
+        return new
+    return new if _ORDER.index(new[0]) < _ORDER.index(before[0]) else before

@@ -1,0 +1,222 @@
+"""Two files, or the pairs of one job, compared: a line per cell and metric, parity, what is missing, the conclusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from harness.rows import Row
+from harness.stats import derived
+from reports.verdict.blocks import File, Series
+from reports.verdict.decision import FASTER, NO_SLOWER, SLOWER, UNDECIDED, Answer, Rules, judge, prepared
+from reports.verdict.permutation import Arms
+
+#: Verdicts of a cell that computed what it should, as far as that can be judged.
+_SOUND = ("PASS", "UNSUPPORTED")
+_BROKEN = ("FAIL", "CRASHED", "TIMEOUT")
+
+_NAMES = ("hardware", "device", "model", "backend", "scheme", "threads")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cell and metric: what it is, medians in ``unit``, and the answer."""
+
+    names: Mapping[str, str]
+    metric: str
+    unit: str
+    base: float
+    head: float
+    answer: Answer
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Verdicts of one cell on both sides; ``None`` where it was not judged."""
+
+    names: Mapping[str, str]
+    base: str | None
+    head: str | None
+    why: str
+
+    @property
+    def regression(self) -> bool:
+        """Whether head is wrong, or does not run, where base was right."""
+        return self.base in _SOUND and self.head in _BROKEN
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is reported.
+
+    names    of base and head            merged  how many neighbouring blocks became one, being alike
+    missing  cells and metrics that only base has         added    that only head has
+    """
+
+    names: tuple[str, str]
+    rules: Rules
+    paired: bool
+    lines: tuple[Line, ...]
+    parity: tuple[Judged, ...]
+    missing: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    merged: int = 1
+    notes: tuple[str, ...] = ()
+
+    def of(self, decision: str) -> list[Line]:
+        """Lines with that answer."""
+        return [line for line in self.lines if line.answer.decision == decision]
+
+    @property
+    def wrong(self) -> list[Judged]:
+        """Cells that were right and are not any more."""
+        return [cell for cell in self.parity if cell.regression]
+
+    @property
+    def regression(self) -> bool:
+        """Whether anything got worse for certain."""
+        return bool(self.of(SLOWER) or self.wrong)
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is left without an answer: undecided, missing, or nothing compared at all."""
+        return bool(self.of(UNDECIDED) or self.missing or not (self.lines or self.parity))
+
+    @property
+    def conclusion(self) -> str:
+        """One line."""
+        return _conclusion(self)
+
+
+def compare(base: File, head: File, rules: Rules, names: tuple[str, str] = ("base", "head")) -> Comparison:
+    """Two stored files: their blocks stand in no relation to each other, so they are not pairs."""
+    shared = [key for key in base.series if key in head.series]
+    ready, merged = prepared([Arms(base.series[key].times, head.series[key].times) for key in shared])
+    answers = judge(ready, rules, merged)
+    lines = [_line(base.series[key], head.series[key], answer) for key, answer in zip(shared, answers, strict=True)]
+    parity = [
+        Judged(names_of(base.rows.get(key) or head.rows[key]), *_both(base, head, key))
+        for key in dict.fromkeys([*base.rows, *head.rows])
+        if key in base.verdicts or key in head.verdicts
+    ]
+    broken = {id_ for id_ in base.rows if head.verdicts.get(id_, ("",))[0] in _BROKEN}
+    missing = [_label(base.series[key].row) for key in base.series if key not in head.series and key[0] not in broken]
+    added = [_label(head.series[key].row) for key in head.series if key not in base.series]
+    return Comparison(
+        names,
+        rules,
+        False,
+        tuple(lines),
+        tuple(parity),
+        tuple(missing),
+        tuple(added),
+        merged,
+        _notes(base, head, names),
+    )
+
+
+def names_of(row: Row) -> dict[str, str]:
+    """What a reader calls a cell by."""
+    found = {name: "" if getattr(row, name) is None else str(getattr(row, name)) for name in _NAMES}
+    if row.workload is not None:
+        found["workload"] = f"{row.workload.prompt_tokens}+{row.workload.decode_tokens}"
+    return found
+
+
+def varying(cells: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names in which the cells differ; backend and scheme always."""
+    every = dict.fromkeys(name for cell in cells for name in cell)
+    return [name for name in every if name in ("backend", "scheme") or len({c.get(name, "") for c in cells}) > 1]
+
+
+def _line(base: Series, head: Series, answer: Answer) -> Line:
+    left_out = base.left_out + head.left_out
+    unit = base.row.unit
+    return Line(names_of(head.row), head.row.metric, unit, typical(base), typical(head), answer, left_out)
+
+
+def typical(series: Series) -> float:
+    """The median over blocks, in the unit of the metric; NaN without any block."""
+    if not len(series.times):
+        return math.nan
+    ns = float(np.exp(np.median(series.times)))
+    found = derived(_with_sample(series.row, ns)).value
+    return math.nan if found is None else found
+
+
+def _with_sample(row: Row, ns: float) -> Row:
+    return replace(row, samples=(ns,), steps=None, value=None, interval=None, extra={})
+
+
+def _both(base: File, head: File, key: tuple[Any, ...]) -> tuple[str | None, str | None, str]:
+    before, after = base.verdicts.get(key), head.verdicts.get(key)
+    why = (after or before or ("", ""))[1]
+    return before and before[0], after and after[0], why
+
+
+def _label(row: Row) -> str:
+    names = names_of(row)
+    words = [names[name] for name in ("backend", "scheme", "model", "hardware") if names.get(name)]
+    return f"{' '.join(words)}, {names['threads'] or '?'} threads, {names.get('workload', '')} tokens: {row.metric}"
+
+
+def _notes(base: File, head: File, names: tuple[str, str]) -> tuple[str, ...]:
+    found = []
+    for file, name in zip((base, head), names, strict=True):
+        if file.doubled:
+            found.append(f"{name}: {file.doubled} rows are copies of others and count once")
+        left_out = sum(series.left_out for series in file.series.values())
+        if left_out:
+            found.append(f"{name}: {left_out} blocks taken under disturbance are left out")
+    alone = [key for key in base.series if key in head.series and _one_process(base.series[key], head.series[key])]
+    if alone:
+        found.append(
+            f"{len(alone)} of {len([key for key in base.series if key in head.series])} comparisons have all blocks "
+            "of a side from one run: what differs from run to run is not seen"
+        )
+    return tuple(found)
+
+
+def _one_process(*sides: Series) -> bool:
+    return any(len(side.runs) == 1 and len(side.logs) > 1 for side in sides)
+
+
+def _conclusion(found: Comparison) -> str:
+    slower, wrong, open_ = found.of(SLOWER), found.wrong, found.of(UNDECIDED)
+    total = len(found.lines)
+    percent = f"{100 * found.rules.margin:g} %"
+    tail = []
+    if found.regression:
+        parts = [f"{len(slower)} of {total} slower than the margin of {percent} allows"] if slower else []
+        parts += [f"{len(wrong)} {'fails' if len(wrong) == 1 else 'fail'} that ran right before"] if wrong else []
+        text = "REGRESSION: " + ", ".join(parts)
+    elif not total and not found.parity:
+        text = "NOTHING TO COMPARE: no cell is in both"
+    elif open_ and len(open_) == total:
+        text = f"UNDECIDED: {_more(open_, found.merged)}"
+    else:
+        text = f"no regression: {len(found.of(NO_SLOWER))} of {total} no slower"
+    if found.of(FASTER):
+        tail.append(f"{len(found.of(FASTER))} faster")
+    if open_ and not text.startswith("UNDECIDED"):
+        tail.append(f"{len(open_)} undecided ({_more(open_, found.merged)})")
+    if found.missing:
+        tail.append(f"{len(found.missing)} missing")
+    return ", ".join([text, *tail])
+
+
+def _more(lines: Sequence[Line], merged: int) -> str:
+    lacking = [
+        line.answer.needed - merged * min(line.answer.blocks) for line in lines if line.answer.needed is not None
+    ]
+    if not lacking:
+        return "too noisy to say how many blocks would do"
+    return f"up to {max(lacking)} more blocks of each side would tell"
+
+
+__all__ = ["Comparison", "Judged", "Line", "compare", "names_of", "typical", "varying"]

@@ -1,0 +1,60 @@
+"""Are neighbouring blocks alike? A permutation test of blocks that are not independent raises false alarms.
+
+Of every arm, the lag-1 autocorrelation of the ranks of its blocks in the order of their time (Wald & Wolfowitz, Ann.
+Math. Stat. 14 (1943), 378: mean -1/(n-1), variance near 1/n for independent blocks). What disturbs a machine
+disturbs all cells, so the evidence of all arms of a report is taken together. Blocks that are alike are merged, two,
+four, eight to one, until nothing shows any more, and once more to be safe: their means are nearly independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from reports.verdict.exact import MOST_BLOCKS
+
+#: Standard normal quantile beyond which neighbours count as alike: one report in two hundred by chance.
+_ALIKE = 2.58
+
+#: An arm of fewer blocks says nothing of its neighbours.
+_FEWEST = 5
+
+
+def merge_factor(arms: Sequence[np.ndarray]) -> int:
+    """How many neighbours become one block: 1 where they are independent, else a power of two."""
+    factor = 1
+    while alike([merged(arm, factor) for arm in arms]):
+        factor *= 2
+    return factor if factor == 1 else 2 * factor
+
+
+def alike(arms: Sequence[np.ndarray]) -> bool:
+    """Whether neighbours are more alike than chance makes them, over all arms together."""
+    found = [(len(arm), autocorrelation(arm)) for arm in arms if len(arm) >= _FEWEST]
+    if not found:
+        return False
+    return sum(n * (r + 1 / (n - 1)) for n, r in found) / math.sqrt(sum(n for n, _ in found)) > _ALIKE
+
+
+def autocorrelation(arm: np.ndarray) -> float:
+    """Lag-1 autocorrelation of the ranks of ``(n,)`` values in order of time; 0 where all are one value."""
+    ranks = np.empty(len(arm))
+    ranks[np.argsort(arm, kind="stable")] = np.arange(len(arm))
+    ranks -= ranks.mean()
+    return float(ranks[1:] @ ranks[:-1] / (ranks @ ranks)) if np.ptp(arm) > 0 else 0.0
+
+
+def merged(arm: np.ndarray, factor: int) -> np.ndarray:
+    """Means of ``factor`` neighbours at a time, the last axis; what is left over at the beginning is left out."""
+    if factor == 1:
+        return arm
+    kept = arm.shape[-1] // factor
+    found = arm[..., arm.shape[-1] - kept * factor :]
+    return np.asarray(found.reshape(*arm.shape[:-1], kept, factor).mean(axis=-1))
+
+
+def countable(arm: np.ndarray) -> int:
+    """Factor by which an arm comes to no more blocks than can be counted."""
+    return max(1, math.ceil(len(arm) / MOST_BLOCKS))
