@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
-LATER_COMMANDS = ("compare", "ab", "gpu-check", "report", "recommend")
+LATER_COMMANDS = ("ab", "gpu-check", "recommend")
 LATER_OPTIONS = ("--resume",)
 
 #: Commands with a file of their own: HELP, EXAMPLES, ``options(parser)`` and ``run``.
@@ -67,6 +67,8 @@ COMMAND_FILES = {
     "quality": "harness.command_quality",
     "localize": "harness.command_localize",
     "headroom": "harness.command_headroom",
+    "compare": "reports.command_compare",
+    "report": "reports.command_report",
 }
 
 
@@ -77,7 +79,13 @@ _RUNS_CELLS = ("quality",)
 
 #: Commands that give one document of their own, in the formats they know (``run`` returns an Outcome), and those that
 #: open one backend for it.
-_GIVES_DOCUMENT = {"localize": ("table", "json"), "headroom": FORMATS}
+_VERDICT = ("table", "md", "json", "junit")
+_GIVES_DOCUMENT = {
+    "localize": ("table", "json"),
+    "headroom": FORMATS,
+    "report": (*FORMATS, "html", "png"),
+    "compare": _VERDICT,
+}
 _OPENS_ONE = ("localize",)
 
 

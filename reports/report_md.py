@@ -1,0 +1,40 @@
+"""Results as one Markdown document: what they come to, tables of hardware × quantization × backend, then every cell."""
+
+from __future__ import annotations
+
+import re
+
+from reports.cells import cells
+from reports.pivot import pivots
+from reports.results import Results
+from reports.summary import headline
+from reports.tables import Table, markdown, tables
+
+
+def markdown_report(found: Results, title: str) -> str:
+    """GitHub-flavoured; nothing of a row can end a cell or become markup."""
+    known = cells(found.rows)
+    newest = [row for cell in known for row in cell.rows]
+    lines = "".join(f"- {_plain(line)}\n" for line in headline(known))
+    parts = [f"# {_plain(title)}\n\n{lines}"]
+    parts += [markdown(_escaped(table)) for table in pivots(known)]
+    parts += [markdown(_escaped(table)) for table in tables(newest)]
+    if found.said:
+        parts.append("Noticed while reading:\n\n" + "".join(f"- {_plain(line)}\n" for line in found.said))
+    return "\n".join(parts)
+
+
+def _escaped(table: Table) -> Table:
+    return Table(
+        _plain(table.title),
+        tuple(map(_plain, table.header)),
+        tuple(tuple(_plain(text).replace("\n", "<br>") for text in line) for line in table.lines),
+        tuple(map(_plain, table.notes)),
+        table.left,
+    )
+
+
+def _plain(text: str) -> str:
+    """Text whose markup Markdown does not see."""
+    text = re.sub(r"([\\`*\[\]~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,61 @@
+"""What a report comes to, in a few lines that stand above its tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from reports.cells import SPEEDS, Cell
+from reports.tables import number
+
+#: Reasons of failures that are told one by one; more are counted.
+_TOLD = 5
+
+
+def headline(cells: Sequence[Cell]) -> list[str]:
+    """How many cells of each kind, how they were judged, what failed, what is fastest for each model and machine."""
+    measured = [cell for cell in cells if cell.first.kind == "measured"]
+    lines = []
+    if measured:
+        found = Counter(cell.verdict or "unknown" for cell in measured)
+        lines.append(
+            f"{_count(len(measured), 'cell')} measured: {', '.join(f'{n} {v}' for v, n in found.most_common())}"
+        )
+    for kind in ("recorded", "published", "predicted"):
+        n = sum(cell.first.kind == kind for cell in cells)
+        if n:
+            lines.append(f"{_count(n, 'line')} {kind}, kept apart from what was measured")
+    lines += _failures(measured)
+    return lines + _fastest(measured)
+
+
+def _failures(cells: Sequence[Cell]) -> list[str]:
+    bad = [cell for cell in cells if cell.verdict in ("FAIL", "CRASHED", "TIMEOUT")]
+    lines = []
+    for cell in bad[:_TOLD]:
+        reason = next((row.reason for row in cell.rows if row.verdict == cell.verdict and row.reason), "")
+        row = cell.first
+        lines.append(
+            f"{row.backend} {row.scheme} on {cell.hardware}: {cell.verdict}" + (f", {reason}" if reason else "")
+        )
+    return lines + ([f"and {len(bad) - _TOLD} more that failed"] if len(bad) > _TOLD else [])
+
+
+def _fastest(cells: Sequence[Cell]) -> list[str]:
+    """The best speed of each model on each machine, of cells that pass."""
+    lines = []
+    for hardware, model in dict.fromkeys((cell.hardware, cell.first.model) for cell in cells):
+        own = [cell for cell in cells if (cell.hardware, cell.first.model) == (hardware, model)]
+        words = []
+        for metric in reversed(SPEEDS):
+            timed = [(row.value or 0.0, cell) for cell in own if cell.verdict == "PASS" and (row := cell.speed(metric))]
+            if timed:
+                value, best = max(timed, key=lambda pair: pair[0])
+                words.append(f"{metric} {number(value)} tok/s ({best.first.backend} {best.first.scheme})")
+        if words:
+            lines.append(f"fastest that pass, {model} on {hardware}: {', '.join(words)}")
+    return lines
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
