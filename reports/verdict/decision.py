@@ -57,7 +57,8 @@ class Answer:
     ratio       speed of head over base               interval  its 95 %, of this cell alone; None if too few blocks
     p           of SLOWER, adjusted for all cells (Holm): below ``alpha / looks`` it is one
     detectable  smallest slowdown, as a part of base's speed, that these blocks show with 95 %; None if none is
-    blocks      per arm, after merging               needed    before merging, of base and head each (pairs); None: too many
+    blocks      per arm, after merging
+    needed      of base and head each, or pairs, before merging; None: more than can be paid for
     """
 
     decision: str

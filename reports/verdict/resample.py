@@ -72,10 +72,11 @@ def draw(
     """Samples of base and head, log times ``(reports, cells, blocks, samples)`` each, without any difference."""
     total, stack = len(record.logs), (reports, cells)
     if how == APART:
-        return tuple(record.logs[rng.integers(0, total, (*stack, blocks))] for _ in range(2))  # type: ignore[return-value]
+        base, head = rng.integers(0, total, (2, *stack, blocks))
+        return record.logs[base], record.logs[head]
     if how == A_ROW:
-        steps = np.arange(blocks)
-        return tuple(record.logs[(rng.integers(0, total, stack)[..., None] + steps) % total] for _ in range(2))  # type: ignore[return-value]
+        base, head = (rng.integers(0, total, (2, *stack))[..., None] + np.arange(blocks)) % total
+        return record.logs[base], record.logs[head]
     first = rng.integers(0, total, stack)[..., None] + 2 * np.arange(blocks)
     swap = rng.integers(0, 2, (*stack, blocks))
     return record.logs[(first + swap) % total], record.logs[(first + 1 - swap) % total]
