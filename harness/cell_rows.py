@@ -17,15 +17,14 @@ from harness.measure import Samples, Sampling
 from harness.models import Model
 from harness.parity import Gate
 from harness.plan import Cell, Refused, Request
+from harness.roofline import weight_bytes
 from harness.rows import Row
 from harness.session import Opened, needs_isolation
 from harness.stats import derived
 from harness.timed_check import AGAINST_ITSELF
 from harness.tolerance import Truth
 from harness.without_codec import Quality
-from reference.config import Config
-from reference.errors import ConfigError
-from reference.schemes import SCHEMES, stored_bytes
+from reference.schemes import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def base_row(cell: Cell, model: Model, job: Job) -> Row:
         isolated=cell.hardware.host is not None or runs_apart(cell.backend, job.request),
         workload=cell.workload,
         metric="parity",
-        weight_bytes=_weight_bytes(config, cell.scheme),
+        weight_bytes=weight_bytes(config, cell.scheme, model.weights["emb.weight"].stored),
         command=reproduce(cell, job),
         reason="not run",
     )
@@ -225,11 +224,3 @@ def refused_row(refusal: Refused, job: Job) -> Row:
         verdict=refusal.verdict,
         reason=refusal.reason,
     )
-
-
-def _weight_bytes(config: Config, scheme: str) -> int | None:
-    """Stored size; None for a scheme that has no codec or does not fit the shapes, which loading then says."""
-    try:
-        return stored_bytes(config, scheme)
-    except ConfigError:
-        return None

@@ -43,6 +43,7 @@ from harness.models import Model, gate_tokens, open_model
 from harness.names import one_line
 from harness.parity import Gate, gate
 from harness.plan import Cell, Plan, memory_needed
+from harness.roofline_rows import Roofline
 from harness.rows import Row, RowError
 from harness.session import Apart, Opened, open_session
 from harness.store import StoreError
@@ -220,6 +221,7 @@ class _Work:
 
     def _measure(self, opened: Opened, base: Row, truth: Truth, timed: Sequence[int], sampling: Sampling) -> None:
         """Prefill and decode; a decode after a prefill that went wrong has no speed either."""
+        roofline = Roofline(self.cell.hardware, self.cell.threads, self.model.config, opened, self.tell)
         self._begin("prefill", "prefill")
         prefill = opened.meter.prefill(timed, sampling, lambda text: self.tell(f"prefill, {text}"))
         peak = opened.meter.peak_bytes()
@@ -227,7 +229,7 @@ class _Work:
         if bad is not None:
             self._no_speed(base, f"no speed: {bad}")
             return
-        self._figure(sampled_row(base, "prefill", prefill, peak))
+        self._figure(roofline.of(sampled_row(base, "prefill", prefill, peak)))
         self._figure(sampled_row(base, "time_to_first_token", replace(prefill, ns=prefill.first_token_ns), peak))
         self._begin("decode", "decode")
         steps = self.cell.workload.decode_tokens
@@ -235,7 +237,7 @@ class _Work:
         peak = opened.meter.peak_bytes()
         bad = _first_bad(decode_checks(opened.session, timed, truth, decode))
         row = sampled_row(base, "decode", decode, peak) if bad is None else None
-        self._figure(row or no_speed_row(base, "decode", f"no speed: {bad}"))
+        self._figure(roofline.of(row) if row else no_speed_row(base, "decode", f"no speed: {bad}"))
 
     def _figure(self, row: Row) -> None:
         """A time or a speed; of a kernel that nobody could judge it is no PASS."""

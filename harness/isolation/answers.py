@@ -22,6 +22,7 @@ _NEEDED: Mapping[str, Sequence[str]] = {
     "prefill": ("samples",),
     "decode": ("samples",),
     "peak": ("growth",),
+    "rates": ("read_bytes_per_s", "flops", "last_level_bytes"),
 }
 
 #: Requests that are answered with an array, or with the type of what the backend gave instead.

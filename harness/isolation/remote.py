@@ -145,6 +145,11 @@ class RemoteSession:
     def __init__(self, line: Line) -> None:
         self._line = line
 
+    @property
+    def line(self) -> Line:
+        """For what is asked of the far side besides the contract."""
+        return self._line
+
     def forward(self, tokens: Sequence[int], state: State | None) -> tuple[np.ndarray, State]:
         answer, arrays = self._line.ask("forward", tokens=_ids(tokens), state=self._line.number(state))
         return _array(answer, arrays), self._line.handle(answer["state"])

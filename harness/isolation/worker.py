@@ -191,6 +191,16 @@ class Worker:
         found = measure_decode(self._session, prompt, n, Sampling(**sampling), driver=driver, tell=self.tell)
         return self._measured(found)
 
+    def do_rates(self, device: str, threads: int) -> Answer:
+        """Read bandwidth and matrix rate of where this runs (:mod:`harness.machine.work`)."""
+        from harness.machine.facts import facts
+        from harness.machine.work import measure_cpu, measure_device
+
+        self.tell("measuring read bandwidth and matrix rate")
+        if device != "cpu":
+            return measure_device(device), ()
+        return measure_cpu(threads, facts().cpu.last_level_bytes or 0), ()
+
     def do_peak(self) -> Answer:
         """Growth of resident memory since load, in bytes."""
         return {"growth": None if self._span is None else self._span.peak().growth_bytes}, ()

@@ -109,7 +109,7 @@ def test_cpuinfo_of_x86_and_arm(text: str, name: str | None, isa: set[str]) -> N
 
 
 def test_a_shared_cache_counts_once_and_instructions_not_at_all(tmp_path: Path) -> None:
-    files = {}
+    files: dict[str, str] = {}
     for number in range(4):
         at = f"cpu{number}/cache/index"
         files |= {f"{at}0/level": "1\n", f"{at}0/type": "Data\n", f"{at}0/size": "32K\n"}
