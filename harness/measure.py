@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from backends.api import Generating, Session, State
+from harness.logits_watch import MeasureError, Watch
 from harness.samples import (
     GREEDY,
     LOOP,
@@ -38,8 +39,11 @@ from harness.samples import (
 )
 
 __all__ = [
+    "DecodeTimer",
     "MeasureError",
     "NonFinite",
+    "PrefillTimer",
+    "Run",
     "Samples",
     "Sampling",
     "Workload",
@@ -55,10 +59,6 @@ Tell = Callable[[str], None]
 T = TypeVar("T")
 
 
-class MeasureError(Exception):
-    """A request that cannot be measured, or a session that broke its contract while measured; one line."""
-
-
 def timed_load(load: Callable[[], T], clock: Clock = time.perf_counter_ns) -> tuple[T, int]:
     """Call ``load`` once: what it returned, and nanoseconds.
 
@@ -72,7 +72,7 @@ def timed_load(load: Callable[[], T], clock: Clock = time.perf_counter_ns) -> tu
 
 def measure_first_call(session: Session, prompt: Sequence[int], clock: Clock = time.perf_counter_ns) -> Samples:
     """The first ``forward`` after load, over the prompt; meaningful once per loaded session."""
-    watch = _Watch()
+    watch = Watch()
     with _gc_paused():
         start = clock()
         logits, _ = session.forward(prompt, None)
@@ -84,6 +84,46 @@ def measure_first_call(session: Session, prompt: Sequence[int], clock: Clock = t
     )
 
 
+class PrefillTimer:
+    """Times ``forward(prompt, None)``, and up to the first token id in the same samples.
+
+    Every call gets the prompt turned by one token more, so that a runtime that remembers prompts is not
+    timed at remembering.
+    """
+
+    def __init__(self, session: Session, prompt: Sequence[int], clock: Clock = time.perf_counter_ns) -> None:
+        self._session, self._clock = session, clock
+        self._tokens = [int(token) for token in prompt]
+        self._logits: np.ndarray | None = None
+        self.watch = Watch()
+
+    def take(self, phase: str, sample: int) -> Run:
+        """One sample; ``phase`` and ``sample`` name it where a logit is not finite."""
+        self._tokens = self._tokens[1:] + self._tokens[:1]
+        with _gc_paused():
+            start = self._clock()
+            logits, _ = self._session.forward(self._tokens, None)
+            prefill = self._clock() - start
+            self.watch.see(logits, phase, sample, 0)
+            self._logits = logits
+            start = self._clock()
+            _argmax(logits)
+            return Run((prefill,), first_token_ns=prefill + self._clock() - start)
+
+    def samples(self, warmup: Sequence[Run], taken: Sequence[Run], stopped: str) -> Samples:
+        """What has been taken, with what the last call was given and gave."""
+        return Samples(
+            tokens=len(self._tokens),
+            ns=tuple(run.total for run in taken),
+            warmup_ns=tuple(run.total for run in warmup),
+            stopped=stopped,
+            first_token_ns=tuple(run.first_token_ns for run in taken),
+            last_prompt=tuple(self._tokens),
+            last_logits=self._logits,
+            non_finite_at=self.watch.found,
+        )
+
+
 def measure_prefill(
     session: Session,
     prompt: Sequence[int],
@@ -91,49 +131,60 @@ def measure_prefill(
     clock: Clock = time.perf_counter_ns,
     tell: Tell | None = None,
 ) -> Samples:
-    """Time ``forward(prompt, None)``, and up to the first token id in the same samples.
+    """Time a prompt with a :class:`PrefillTimer`, warm-up first, until there are enough samples."""
+    timer = PrefillTimer(session, prompt, clock)
+    return timer.samples(*_collect(timer.take, sampling, clock, tell))
 
-    Every call gets the prompt turned by one token more, so that a runtime that remembers prompts is not
-    timed at remembering.
+
+class DecodeTimer:
+    """Times ``n`` greedy steps after the prompt; every sample starts from the same state with another token.
+
+    So a runtime that remembers what followed what is not timed at remembering. ``driver`` is ``loop``,
+    ``greedy``, or None for ``greedy`` where the session has it and ``loop`` else. Raises
+    :class:`MeasureError` for a driver the session lacks or a ``greedy`` that gives other than n ids.
     """
-    watch = _Watch()
-    turned = _Turned(prompt)
 
-    def take(phase: str, sample: int) -> tuple[int, int]:
-        tokens = turned.next()
-        with _gc_paused():
-            start = clock()
-            logits, _ = session.forward(tokens, None)
-            prefill = clock() - start
-            watch.see(logits, phase, sample, 0)
-            turned.logits = logits
-            start = clock()
-            _argmax(logits)
-            return prefill, prefill + clock() - start
+    def __init__(
+        self,
+        session: Session,
+        prompt: Sequence[int],
+        n: int,
+        clock: Clock = time.perf_counter_ns,
+        driver: str | None = None,
+    ) -> None:
+        if n < 1:
+            raise MeasureError(f"decode of {n} tokens; at least 1 is needed")
+        self._n = n
+        self.driver = driver or (GREEDY if isinstance(session, Generating) else LOOP)
+        self.watch = Watch()
+        logits, state = session.forward(prompt, None)
+        self.watch.see(logits, "prompt", 0, 0)
+        self._block = _block(session, self.driver, state, n, clock, self.watch)
+        self._next, self._n_vocab = _argmax(logits), logits.size
 
-    taken = _collect(take, sampling, clock, tell)
-    return Samples(
-        tokens=len(prompt),
-        ns=tuple(prefill for prefill, _ in taken.samples),
-        warmup_ns=tuple(prefill for prefill, _ in taken.warmup),
-        stopped=taken.stopped,
-        first_token_ns=tuple(first for _, first in taken.samples),
-        last_prompt=tuple(turned.tokens),
-        last_logits=turned.logits,
-        non_finite_at=watch.found,
-    )
+    def take(self, phase: str, sample: int) -> Run:
+        """One sample; ``phase`` and ``sample`` name it where a logit is not finite."""
+        token, self._next = self._next, (self._next + _STRIDE) % self._n_vocab
+        return self._block(phase, sample, token)
 
-
-class _Turned:
-    """A prompt, turned by one token more at each ``next``; what the last call over it returned."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self.tokens = [int(token) for token in prompt]
-        self.logits: np.ndarray | None = None
-
-    def next(self) -> list[int]:
-        self.tokens = self.tokens[1:] + self.tokens[:1]
-        return self.tokens
+    def samples(self, warmup: Sequence[Run], taken: Sequence[Run], stopped: str) -> Samples:
+        """What has been taken. The first sample's start is run once more, untimed: whether it gives the same
+        ids is ``ids_varied``."""
+        first, last = taken[0], taken[-1]
+        again = self._block("repeat", 0, first.start)
+        return Samples(
+            tokens=self._n,
+            ns=tuple(run.total for run in taken),
+            warmup_ns=tuple(run.total for run in warmup),
+            stopped=stopped,
+            driver=self.driver,
+            steps=tuple(run.ns for run in taken) if self.driver == LOOP else (),
+            ids=first.ids,
+            last_ids=last.ids,
+            starts=(first.start, last.start),
+            ids_varied=again.ids != first.ids,
+            non_finite_at=self.watch.found,
+        )
 
 
 def measure_decode(
@@ -145,63 +196,37 @@ def measure_decode(
     driver: str | None = None,
     tell: Tell | None = None,
 ) -> Samples:
-    """Time ``n`` greedy steps after the prompt; every sample starts from the same state with another token.
-
-    So a runtime that remembers what followed what is not timed at remembering. After timing, the first
-    sample's start is run once more, untimed: whether it gives the same ids is ``ids_varied``.
-
-    ``driver`` is ``loop``, ``greedy``, or None for ``greedy`` where the session has it and ``loop`` else.
-    Raises :class:`MeasureError` for a driver the session lacks or a ``greedy`` that gives other than n ids.
-    """
-    if n < 1:
-        raise MeasureError(f"decode of {n} tokens; at least 1 is needed")
-    chosen = driver or (GREEDY if isinstance(session, Generating) else LOOP)
-    watch = _Watch()
-    logits, state = session.forward(prompt, None)
-    watch.see(logits, "prompt", 0, 0)
-    block, starts = _block(session, chosen, state, n, clock, watch), _Starts(_argmax(logits), logits.size)
-    taken = _collect(lambda phase, sample: block(phase, sample, starts.next()), sampling, clock, tell)
-    first, last = taken.samples[0], taken.samples[-1]
-    again = block("repeat", 0, first.start)
-    return Samples(
-        tokens=n,
-        ns=tuple(sum(run.ns) for run in taken.samples),
-        warmup_ns=tuple(sum(run.ns) for run in taken.warmup),
-        stopped=taken.stopped,
-        driver=chosen,
-        steps=tuple(run.ns for run in taken.samples) if chosen == LOOP else (),
-        ids=first.ids,
-        last_ids=last.ids,
-        starts=(first.start, last.start),
-        ids_varied=again.ids != first.ids,
-        non_finite_at=watch.found,
-    )
+    """Time greedy steps with a :class:`DecodeTimer`, warm-up first, until there are enough samples."""
+    timer = DecodeTimer(session, prompt, n, clock, driver)
+    return timer.samples(*_collect(timer.take, sampling, clock, tell))
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One decode sample: the time of each timed span (a step, or the block), the token fed first, the ids chosen."""
+class Run:
+    """One sample: the time of each timed span (a call, a step, or a block of steps), and what went in and came out.
+
+    first_token_ns  prefill: up to the token id
+    start, ids      decode: the token fed first, the ids chosen
+    """
 
     ns: tuple[int, ...]
-    start: int
-    ids: tuple[int, ...]
+    first_token_ns: int = 0
+    start: int = 0
+    ids: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Time of the sample."""
+        return sum(self.ns)
 
 
-class _Starts:
-    """Tokens to start decode samples with: the most likely one, then others far from each other."""
-
-    def __init__(self, first: int, n_vocab: int) -> None:
-        self._first, self._n_vocab, self._taken = first, n_vocab, 0
-
-    def next(self) -> int:
-        stride = 7919  # a prime, so that no vocabulary but its multiples repeats early
-        self._taken += 1
-        return (self._first + (self._taken - 1) * stride) % self._n_vocab
+#: Between the tokens that decode samples start with: a prime, so that no vocabulary but its multiples repeats early.
+_STRIDE = 7919
 
 
 def _block(
-    session: Session, driver: str, state: State, n: int, clock: Clock, watch: _Watch
-) -> Callable[[str, int, int], _Run]:
+    session: Session, driver: str, state: State, n: int, clock: Clock, watch: Watch
+) -> Callable[[str, int, int], Run]:
     """What takes one decode sample with ``driver`` from a token."""
     if driver == LOOP:
         return lambda phase, sample, token: _loop(session, token, state, n, clock, watch, phase, sample)
@@ -211,7 +236,7 @@ def _block(
         raise MeasureError("driver greedy: this backend has no greedy loop of its own; use driver loop")
     generating = session
 
-    def take(phase: str, sample: int, token: int) -> _Run:
+    def take(phase: str, sample: int, token: int) -> Run:
         with _gc_paused():
             start = clock()
             ids, after = generating.greedy(token, state, n)
@@ -221,14 +246,14 @@ def _block(
         # A NaN that reached the recurrent state stays there, so the next step shows it. One that only a step's
         # logits had is out of sight here; the driver ``loop`` sees it.
         watch.see(session.forward([int(ids[-1])], after)[0], phase, sample, n)
-        return _Run((end - start,), token, tuple(int(i) for i in ids))
+        return Run((end - start,), start=token, ids=tuple(int(i) for i in ids))
 
     return take
 
 
 def _loop(
-    session: Session, token: int, state: State, n: int, clock: Clock, watch: _Watch, phase: str, sample: int
-) -> _Run:
+    session: Session, token: int, state: State, n: int, clock: Clock, watch: Watch, phase: str, sample: int
+) -> Run:
     times, ids, first = [], [], token
     for step in range(n):
         with _gc_paused():
@@ -239,52 +264,31 @@ def _loop(
         watch.see(logits, phase, sample, step)
         token = _argmax(logits)
         ids.append(token)
-    return _Run(tuple(times), first, tuple(ids))
-
-
-@dataclass(frozen=True)
-class _Collected(Generic[T]):
-    warmup: tuple[T, ...]
-    samples: tuple[T, ...]
-    stopped: str
+    return Run(tuple(times), start=first, ids=tuple(ids))
 
 
 def _collect(
-    take: Callable[[str, int], T], sampling: Sampling, clock: Clock, tell: Tell | None = None
-) -> _Collected[T]:
-    """Warm up, then ``take(phase, i)`` until there are enough samples or the budget is spent."""
+    take: Callable[[str, int], Run], sampling: Sampling, clock: Clock, tell: Tell | None = None
+) -> tuple[list[Run], list[Run], str]:
+    """Warm up, then ``take(phase, i)`` until there are enough samples or the budget is spent.
+
+    The runs of the warm-up, the others, and why it ended.
+    """
     tell = tell or (lambda text: None)
     limit = None if sampling.budget_s is None else clock() + int(sampling.budget_s * 1e9)
-    warmup: list[T] = []
+    warmup: list[Run] = []
     while len(warmup) < sampling.warmup:
         warmup.append(take("warm-up", len(warmup)))
         tell("warm-up")
         if limit is not None and clock() >= limit:
             break
-    samples: list[T] = []
-    while len(samples) < sampling.repeats:
-        if len(samples) >= sampling.minimum and limit is not None and clock() >= limit:
-            return _Collected(tuple(warmup), tuple(samples), TIME_BUDGET)
-        samples.append(take("sample", len(samples)))
-        tell(f"sample {len(samples)} of {sampling.repeats}")
-    return _Collected(tuple(warmup), tuple(samples), REPEATS_REACHED)
-
-
-@dataclass
-class _Watch:
-    """Remembers the first logit that is not finite, and refuses what is not host logits."""
-
-    found: NonFinite | None = None
-
-    def see(self, logits: Any, phase: str, sample: int, step: int) -> None:
-        # An array still on a device, or a promise of one, would have been timed before it was computed.
-        if not isinstance(logits, np.ndarray) or logits.ndim != 1 or logits.size == 0:
-            what = f"an array of shape {logits.shape}" if isinstance(logits, np.ndarray) else type(logits).__name__
-            raise MeasureError(f"forward returned {what}; float32 numpy (n_vocab,) in host memory is the contract")
-        if self.found is None and not np.isfinite(logits).all():
-            bad = np.isnan(logits)
-            index = int(np.argmax(bad if bad.any() else np.isinf(logits)))
-            self.found = NonFinite(phase, sample, step, index, str(float(logits[index])))
+    taken: list[Run] = []
+    while len(taken) < sampling.repeats:
+        if len(taken) >= sampling.minimum and limit is not None and clock() >= limit:
+            return warmup, taken, TIME_BUDGET
+        taken.append(take("sample", len(taken)))
+        tell(f"sample {len(taken)} of {sampling.repeats}")
+    return warmup, taken, REPEATS_REACHED
 
 
 def _argmax(logits: np.ndarray) -> int:

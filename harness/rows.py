@@ -59,6 +59,12 @@ class Row:
     value, interval  median (of times) or mean, and its 95 % interval, in ``unit``
     samples          raw: nanoseconds for times and rates, the metric's own unit else
     steps            decode by ``loop``: nanoseconds of every step of every sample
+    blocks           which samples were taken together: ``{start, count, time, seconds, noise, disturbed, left_out}``,
+                     with what else the machine did (:mod:`harness.noise`); samples of one block are not independent
+    warmup           samples taken first and found to be warm-up (:mod:`harness.warmup`), not among ``samples``
+    percentiles      decode by ``loop``: p50, p90 and p99 of a step, in seconds
+    sampling         what measuring was asked for (:class:`harness.samples.Sampling`)
+    session          names what was asked of a cell and by which code, for ``--resume`` (:mod:`harness.resume`)
     peak_bytes       growth of resident memory since before load (:mod:`harness.memory`)
     error, bound     parity: the error that is largest against its bound, and what it may be
     statistic        parity: which error that is, such as ``worst position`` (:mod:`harness.tolerance`)
@@ -94,6 +100,11 @@ class Row:
     interval: tuple[float, float] | None = None
     samples: tuple[float, ...] | None = None
     steps: tuple[tuple[int, ...], ...] | None = None
+    blocks: tuple[Mapping[str, Any], ...] | None = None
+    warmup: tuple[float, ...] | None = None
+    percentiles: Mapping[str, float] | None = None
+    sampling: Mapping[str, Any] | None = None
+    session: str | None = None
     peak_bytes: int | None = None
     weight_bytes: int | None = None
     roofline_fraction: float | None = None
@@ -113,7 +124,7 @@ class Row:
         not_finite: list[str] = []
         for name in _NUMERIC_OR_NESTED:
             self._set(name, _plain(getattr(self, name), name, not_finite))
-        for name in ("interval", "samples", "steps"):
+        for name in _LISTS:
             self._set(name, _tuples(getattr(self, name)))
             if any(bad.startswith(f"{name}[") for bad in not_finite):
                 self._set(name, None)
@@ -157,8 +168,8 @@ _REQUIRED = ("kind", "hardware", "backend", "model", "scheme", "metric")
 _FLAGS = ("synthetic", "isolated")
 _INTEGERS = ("threads", "peak_bytes", "weight_bytes")
 _NUMBERS = ("value", "roofline_fraction", "error", "bound")
-_OBJECTS = ("hardware_detail", "config", "quality", "extra")
-_LISTS = ("interval", "samples", "steps")
+_OBJECTS = ("hardware_detail", "config", "quality", "percentiles", "sampling", "extra")
+_LISTS = ("interval", "samples", "steps", "blocks", "warmup")
 _NUMERIC_OR_NESTED = (*_FLAGS, *_INTEGERS, *_NUMBERS, *_OBJECTS, *_LISTS, "first_bad", "checks")
 _TEXTS = tuple(name for name in FIELDS if name not in (*_NUMERIC_OR_NESTED, "workload"))
 
@@ -246,6 +257,18 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, tuple) and all(_is_number(item) for item in value)
 
 
+def _are_blocks(value: Any, row: Row) -> bool:
+    """Whether every sample lies in one block, in order; else a statistic over blocks would be of something else."""
+    end = 0
+    for block in value if isinstance(value, tuple) else [None]:
+        if not isinstance(block, Mapping) or not all(_is_int(block.get(name)) for name in ("start", "count")):
+            return False
+        if block["start"] != end or block["count"] < 0:
+            return False
+        end += block["count"]
+    return end == len(row.samples or ())
+
+
 def _check_types(row: Row) -> None:
     def need(names: Iterable[str], expected: str, good: Any) -> None:
         for name in names:
@@ -260,9 +283,10 @@ def _check_types(row: Row) -> None:
     need(_NUMBERS, "a number", _is_number)
     need(_OBJECTS, "an object", lambda value: isinstance(value, Mapping))
     need(["workload"], "a workload", lambda value: isinstance(value, Workload))
-    need(["samples"], "a list of numbers", _is_numbers)
+    need(["samples", "warmup"], "a list of numbers", _is_numbers)
     need(["interval"], "a pair [low, high]", lambda v: _is_numbers(v) and len(v) == 2 and v[0] <= v[1])
     need(["steps"], "a list of lists of numbers", lambda v: isinstance(v, tuple) and all(map(_is_numbers, v)))
+    need(["blocks"], "a list of objects with start and count, one after the other", lambda v: _are_blocks(v, row))
 
 
 def _check_meaning(row: Row, not_finite: list[str]) -> None:

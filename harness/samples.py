@@ -17,6 +17,8 @@ from reference.errors import InputError
 REPEATS_REACHED = "repeats reached"
 TIME_BUDGET = "time budget"
 SINGLE_CALL = "single call"  # a first call cannot be repeated
+PRECISION_REACHED = "precision reached"
+INTERRUPTED = "interrupted"
 
 LOOP, GREEDY = "loop", "greedy"
 
@@ -42,11 +44,16 @@ class Workload:
 class Sampling:
     """How much to measure.
 
-    repeats   timed samples wanted
-    warmup    samples taken and kept apart first
-    budget_s  seconds after which measuring ends early, warm-up and untimed work included; None: no limit
-    minimum   timed samples taken even when the budget is spent (never more than ``repeats``)
+    repeats    timed samples wanted; with ``precision`` the most that are taken
+    warmup     samples taken and kept apart first
+    budget_s   seconds after which measuring ends early, warm-up and untimed work included; None: no limit
+    minimum    timed samples taken even when the budget is spent (never more than ``repeats``)
+    precision  the median's interval is to be this narrow, as a fraction of the median; None: ``repeats`` decide
+    again      disturbed blocks are taken again, at most this many
+    fresh      each block in a process of its own
+    seed       of the order in which cells take their turns
 
+    What one turn of a cell takes is a block; the functions of :mod:`harness.measure` know nothing of blocks.
     Raises :class:`InputError` for a number that cannot be.
     """
 
@@ -54,6 +61,10 @@ class Sampling:
     warmup: int = 1
     budget_s: float | None = None
     minimum: int = 3
+    precision: float | None = None
+    again: int = 0
+    fresh: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("repeats", 1), ("warmup", 0), ("minimum", 1)):
@@ -61,6 +72,12 @@ class Sampling:
                 raise InputError(f"sampling: {name} is {getattr(self, name)}; at least {least} is needed")
         if self.budget_s is not None and not 0 <= self.budget_s < math.inf:
             raise InputError(f"sampling: budget_s is {self.budget_s}; seconds, 0 or more, are needed")
+        if self.precision is not None and not 0 < self.precision < 1:
+            raise InputError(f"sampling: precision is {self.precision}; a fraction between 0 and 1 is needed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for the record of how a row was measured."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -86,13 +103,50 @@ class NonFinite:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What one turn of a session gave: raw times, when, and what else the machine did meanwhile.
+
+    ns, first_token_ns, steps  as in :class:`Samples`, of this turn only
+    settling_ns   the call before them that is not counted: another cell's data was in the caches
+    began         seconds since the epoch
+    seconds       of the whole turn
+    noise         what :mod:`harness.noise` saw
+    """
+
+    ns: tuple[int, ...]
+    first_token_ns: tuple[int, ...] = ()
+    steps: tuple[tuple[int, ...], ...] = ()
+    settling_ns: int = 0
+    began: float = 0.0
+    seconds: float = 0.0
+    noise: Mapping[str, float] = field(default_factory=dict)
+    non_finite_at: NonFinite | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` is the inverse."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> Taken:
+        """What :meth:`to_dict` gave, also after a journey through JSON."""
+        known = dict(fields)
+        for name in ("ns", "first_token_ns"):
+            known[name] = tuple(known.get(name, ()))
+        known["steps"] = tuple(tuple(steps) for steps in known.get("steps", ()))
+        found = known.get("non_finite_at")
+        known["non_finite_at"] = NonFinite(**found) if found else None
+        return Taken(**known)
+
+
+@dataclass(frozen=True)
 class Samples:
     """Raw times of one quantity, as measured.
 
     tokens          tokens processed in each sample
     ns              one time per sample
     warmup_ns       times of the warm-up samples, for whoever asks if it was long enough
-    stopped         why measuring ended: ``repeats reached``, ``time budget`` or ``single call``
+    stopped         why measuring ended: ``repeats reached``, ``time budget``, ``single call``, ``precision reached``
+                    or ``interrupted``
     driver          decode only: ``loop`` over forward, or the backend's own ``greedy``
     first_token_ns  prefill only: prompt to token id, taken in the same samples as ``ns``
     steps           ``loop`` only: per sample, the time of each step; they sum to ``ns``

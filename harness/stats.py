@@ -1,9 +1,19 @@
 """Statistics derived from raw samples when a row is read.
 
+Samples of one block were taken one after the other and share what the machine did then; blocks lie apart. So
+a block counts once, by its median, and the interval is over blocks. Blocks that were taken under a
+disturbance (:mod:`harness.disturbance`) stay in the row and are left out here.
+
 The interval of a median is distribution-free: the median of a continuous distribution lies between the
 k-th smallest and the k-th largest of n independent samples with probability
 ``1 - 2 P(Bin(n, 1/2) < k)``, whatever the distribution (David & Nagaraja, Order Statistics, 7.1). Steps of
 one decode run are not independent of each other, so intervals are over repeats, percentiles over steps.
+
+Where measuring went on until the interval was narrow (``sampling.precision`` of the row), it was looked at
+again and again, and would have stopped by chance too early too often. Then every look uses the confidence
+:data:`LOOK_CONFIDENCE`, for which all intervals of all looks cover the median together with at least 95 %:
+how many samples lie below the median is a walk with steps of 1/2 whatever the distribution, so that is
+computed exactly (``scripts/coverage_of_stopping.py``), not simulated.
 """
 
 from __future__ import annotations
@@ -18,6 +28,22 @@ from functools import lru_cache
 from harness.rows import Row
 
 CONFIDENCE = Fraction(95, 100)
+
+#: Of one look among those at ``LOOKS`` samples.
+LOOK_CONFIDENCE = Fraction(994, 1000)
+
+
+def _looks(first: int, most: int) -> tuple[int, ...]:
+    """Half as many again from look to look."""
+    found = [first]
+    while found[-1] * 3 // 2 <= most:
+        found.append(found[-1] * 3 // 2)
+    return tuple(found)
+
+
+#: Numbers of samples at which an interval may end measuring.
+LOOKS = _looks(12, 10_000)
+
 PERCENTILES = (50, 90, 99)
 _NS = 1_000_000_000
 
@@ -103,20 +129,67 @@ def estimate_seconds(ns: Sequence[float]) -> Estimate:
 def derived(row: Row) -> Row:
     """The row with ``value`` and ``interval`` computed from its raw samples.
 
-    Rows without samples, and rows whose metric is not a time, come back as they are.
+    Rows without samples, and rows whose metric is not a time, come back as they are. A decode row with steps
+    also gets ``percentiles``.
     """
     if not row.samples:
         return row
+    times = block_medians(row)
     if row.metric in ("prefill", "decode"):
         if row.workload is None:
             return row
         length = row.workload.prompt_tokens if row.metric == "prefill" else row.workload.decode_tokens
-        found = estimate_rate(length * row.workload.batch, row.samples)
+        in_unit = [rate(length * row.workload.batch, ns) for ns in times]
     elif row.metric in ("time_to_first_token", "first_call", "load"):
-        found = estimate_seconds(row.samples)
+        in_unit = [ns / _NS for ns in times]
     else:
         return row
-    return replace(row, value=found.value, interval=found.interval)
+    looked = bool((row.sampling or {}).get("precision"))
+    interval = interval_of_looks(in_unit) if looked else median_interval(in_unit)
+    return replace(row, value=median(in_unit), interval=interval, percentiles=_percentiles(row))
+
+
+def block_medians(row: Row) -> list[float]:
+    """The independent measurements of a row, in the unit of its samples: the median of each block that counts.
+
+    A row without blocks, as older versions wrote them, took its samples one by one.
+    """
+    samples = row.samples or ()
+    if not row.blocks:
+        return [float(sample) for sample in samples]
+    return [median(samples[first:last]) for first, last in _counted(row)]
+
+
+def disturbed(row: Row) -> tuple[int, int]:
+    """How many blocks were taken under a disturbance, and how many of all are left out for it."""
+    blocks = row.blocks or ()
+    return sum(bool(b.get("disturbed")) for b in blocks), sum(bool(b.get("left_out")) for b in blocks)
+
+
+def interval_of_looks(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The interval at the last of :data:`LOOKS` that so many samples have passed; None before the first."""
+    passed = [n for n in LOOKS if n <= len(samples)]
+    return median_interval(samples[: passed[-1]], LOOK_CONFIDENCE) if passed else None
+
+
+def half_width(samples: Sequence[float], interval: tuple[float, float]) -> float:
+    """The wider half of an interval of the median, as a fraction of the median."""
+    middle = median(samples)
+    return max(interval[1] - middle, middle - interval[0]) / middle
+
+
+def _counted(row: Row) -> list[tuple[int, int]]:
+    """First sample and end of each block that is not left out."""
+    blocks = row.blocks or ()
+    return [(b["start"], b["start"] + b["count"]) for b in blocks if b["count"] and not b.get("left_out")]
+
+
+def _percentiles(row: Row) -> dict[str, float] | None:
+    """Seconds per token, p50, p90 and p99 over the steps of what counts; only a loop over ``forward`` has steps."""
+    if row.metric != "decode" or not row.steps:
+        return None
+    steps = row.steps if not row.blocks else [s for first, last in _counted(row) for s in row.steps[first:last]]
+    return {f"p{percent}": value / _NS for percent, value in step_percentiles(steps).items()}
 
 
 def _ordered(samples: Sequence[float]) -> list[float]:

@@ -14,6 +14,10 @@ from harness.rows import FIELDS, Row, cell
 _NOT_IN_CSV = (
     "samples",
     "steps",
+    "blocks",
+    "warmup",
+    "percentiles",
+    "sampling",
     "config",
     "hardware_detail",
     "interval",

@@ -46,6 +46,11 @@ def full() -> Row:
         interval=(12.0, 13.0),
         samples=(5_000_000_000, 5_100_000_000),
         steps=((1, 2), (3, 4)),
+        blocks=({"start": 0, "count": 1, "noise": {"load": 0.5}}, {"start": 1, "count": 1, "disturbed": "steal"}),
+        warmup=(9_000_000_000,),
+        percentiles={"p50": 0.1},
+        sampling={"repeats": 2},
+        session="ab12",
         peak_bytes=1 << 33,
         weight_bytes=1 << 20,
         roofline_fraction=0.25,
@@ -67,7 +72,8 @@ def test_the_fields_are_those_of_the_format() -> None:
     scheme scheme_class arithmetic device threads isolated cpus driver workload metric unit value interval samples
     peak_bytes weight_bytes roofline_fraction stopped command verdict reason error bound first_bad
     checks quality"""
-    assert [name for name in FIELDS if name not in ("steps", "statistic")] == text.split()
+    measuring = ("blocks", "warmup", "percentiles", "sampling", "session")
+    assert [name for name in FIELDS if name not in ("steps", "statistic", *measuring)] == text.split()
     assert SCHEMA == 1
     assert KINDS == ("measured", "recorded", "published", "predicted")
     assert VERDICTS == ("PASS", "FAIL", "UNSUPPORTED", "UNAVAILABLE", "CRASHED", "TIMEOUT")
@@ -186,6 +192,10 @@ class TestRefused:
             ({"samples": 5}, "samples is 5"),
             ({"samples": ["1"]}, "samples is"),
             ({"steps": (1, 2)}, "steps is"),
+            ({"samples": (1, 2), "blocks": ({"start": 0, "count": 1},)}, "blocks is"),
+            ({"samples": (1, 2), "blocks": ({"start": 1, "count": 1}, {"start": 0, "count": 1})}, "blocks is"),
+            ({"samples": (1, 2), "blocks": ({"start": 0},)}, "blocks is"),
+            ({"samples": (1, 2), "blocks": (2,)}, "blocks is"),
             ({"config": [1]}, "config is"),
             ({"config": {1: 2}}, "config has the key 1"),
             ({"first_bad": object()}, "first_bad holds a object; JSON has no such type"),
