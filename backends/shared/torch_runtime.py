@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.api import Unavailable, Unsupported
+from backends.api import Unsupported
+from backends.shared.torch_devices import open_device
 
 #: Scheme -> name of torch's type for its activations.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -30,19 +31,7 @@ def check_threads(threads: int | None, runtime: str) -> None:
 
 def check_device(device: str, runtime: str) -> None:
     """Raise Unsupported for a device other than ``cpu``, ``cuda``, ``cuda:<index>``, Unavailable for one not here."""
-    import torch
-
-    kind, colon, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
-        raise Unsupported(f"{runtime} has no device {device!r} here; it has cpu, cuda and cuda:<index>")
-    if kind == "cpu":
-        return
-    if not torch.cuda.is_available():
-        if torch.version.cuda is None and torch.version.hip is None:
-            raise Unavailable(f"torch {torch.__version__} is a build without CUDA", "see pytorch.org/get-started")
-        raise Unavailable("torch sees no CUDA device", "it needs an NVIDIA GPU and driver; see nvidia-smi")
-    if int(index or 0) >= torch.cuda.device_count():
-        raise Unavailable(f"there is no {device}", f"torch sees {torch.cuda.device_count()} CUDA device(s)")
+    open_device(device, runtime, ("cpu", "cuda"))
 
 
 def settle(threads: int | None, runtime: str) -> None:

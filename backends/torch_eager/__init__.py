@@ -5,6 +5,7 @@
     linear    matrix products
     adjusted  the forward pass with some results in float32, for fixes that are tried
     session   the contract of backends.api over it
+    mps       what it needs of torch on Apple GPUs
 
 What is computed: matrix products take activations of the scheme's type, accumulate in float32 and
 round their result to that type; the residual stream has that type too, so ``fp16`` overflows where
@@ -72,7 +73,12 @@ def _opened(
     if scheme not in INFO.schemes:
         raise Unsupported(f"torch has no scheme {scheme!r}; it has {', '.join(INFO.schemes)}")
     check()
-    from backends.torch_eager.session import open_device, open_session
+    from backends.shared.torch_devices import open_device
+    from backends.torch_eager.session import open_session
 
-    place = open_device(device)
+    place = open_device(device, INFO.name)
+    if place.type == "mps":
+        from backends.torch_eager.mps import check_operators
+
+        check_operators(scheme)
     return open_session(apply(checkpoint, scheme), scheme, place, threads, change)

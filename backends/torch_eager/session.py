@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.api import State, Tap, Unavailable, Unsupported
+from backends.api import State, Tap, Unsupported
+from backends.shared.torch_devices import give_back, loading
 from backends.torch_eager.adjusted import AdjustedModel
 from backends.torch_eager.model import LayerState, Model, no_tap
 from reference.forward import AA, ATT_X, BB, FFN_X, PP, STATE_ROWS, check_tokens
@@ -17,37 +18,13 @@ from reference.weights import Weights
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def open_device(name: str) -> torch.device:
-    """The device of a name such as ``cpu``, ``cuda``, ``cuda:1``, ``mps``; usable, or an error says why not."""
-    kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (colon and (kind != "cuda" or not index.isdecimal())):
-        raise Unsupported(f"torch has no device {name!r} here; it has cpu, cuda, cuda:<index> and mps")
-    if kind == "cuda":
-        _check_cuda(int(index or 0))
-        return torch.device("cuda", int(index or 0))
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise Unavailable("torch sees no MPS device", "it needs macOS on Apple silicon and torch built for it")
-    return torch.device(kind)
-
-
-def _check_cuda(index: int) -> None:
-    if not torch.cuda.is_available():
-        if torch.version.cuda is None and torch.version.hip is None:
-            raise Unavailable(
-                f"torch {torch.__version__} is a build without CUDA", "see https://pytorch.org/get-started"
-            )
-        raise Unavailable("torch sees no CUDA device", "it needs an NVIDIA GPU and driver; see nvidia-smi")
-    if index >= torch.cuda.device_count():
-        raise Unavailable(f"there is no cuda:{index}", f"torch sees {torch.cuda.device_count()} CUDA device(s)")
-
-
 def open_session(
     weights: Weights, scheme: str, device: torch.device, threads: int | None, change: Mapping[str, Any] | None = None
 ) -> TorchSession:
     """A session over weights already stored as ``scheme``; ``change`` as ``adjust`` takes it."""
     if threads is not None and threads < 1:
         raise Unsupported(f"torch needs at least one CPU thread; {threads} were asked for")
-    with torch.inference_mode():
+    with loading(device, "torch"), torch.inference_mode():
         kind = _TYPES[scheme]
         model = AdjustedModel(weights, kind, device, change) if change else Model(weights, kind, device)
         return TorchSession(model, threads)
@@ -111,10 +88,9 @@ class TorchSession:
             )
 
     def close(self) -> None:
-        on_cuda = self._model.device.type == "cuda"
+        device = self._model.device
         del self._model, self._initial
-        if on_cuda:
-            torch.cuda.empty_cache()
+        give_back(device)
 
     def _past(self, state: State | None) -> State:
         self._settle()
