@@ -1,4 +1,4 @@
-"""How much memory there is and how much a cell needs, asked before anything is loaded."""
+"""How much memory there is, on the host and on a device, and how much a cell needs, asked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from types import ModuleType
 
 import numpy as np
 
+from harness.card import Card
 from harness.hardware import available_bytes
-from reference.config import Config, count_parameters
+from reference.config import Config, count_parameters, preset, preset_names
 from reference.errors import ConfigError
 from reference.schemes import stored_bytes
 from reference.weights import Weights
 
 #: Logits, truth and the interpreter with its libraries; torch's share is most of it.
 _OVERHEAD_BYTES = 400 << 20
+
+#: What a CUDA context, loaded kernels and cuBLAS's workspace take on a card.
+_CONTEXT_BYTES = 700 << 20
 
 GIB = 1 << 30
 
@@ -40,6 +44,48 @@ def shortage(needed: int, device: str, free: int | None = None) -> str | None:
     if device != "cpu" or needed <= have:
         return None
     return f"needs about {needed / GIB:.1f} GiB of memory, {have / GIB:.1f} GiB are free; try a smaller scheme or model"
+
+
+def device_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int) -> int:
+    """Estimate for one cell on its device: the weights as the backend keeps them, activations, a context."""
+    activations = 4 * prompt_tokens * (3 * config.n_ffn + 8 * config.n_embd)
+    return _weight_bytes(config, scheme, backend) + activations + _CONTEXT_BYTES
+
+
+def device_shortage(
+    config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, device: str, card: Card | None
+) -> str | None:
+    """Why a cell does not fit on its card, and what would; ``None`` if it does, or nobody tells what is free."""
+    if card is None or card.free_bytes is None:
+        return None
+    free = card.free_bytes
+    needed = device_bytes(config, scheme, backend, prompt_tokens)
+    if needed <= free:
+        return None
+    total = "" if card.total_bytes is None else f" of {card.total_bytes / GIB:.1f}"
+    return (
+        f"needs about {needed / GIB:.1f} GiB on {device} ({card.name}), {free / GIB:.1f}{total} GiB are free; "
+        + _would_fit(config, scheme, backend, prompt_tokens, free)
+    )
+
+
+def _would_fit(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, free: int) -> str:
+    """Schemes of the backend for this model, else the largest shape in the scheme, that take at most ``free``."""
+
+    def fits(shape: Config, kept: str) -> bool:
+        try:
+            return device_bytes(shape, kept, backend, prompt_tokens) <= free
+        except ConfigError:  # groups that do not divide a row of this model
+            return False
+
+    schemes = [kept for kept in backend.INFO.schemes if kept != scheme and fits(config, kept)]
+    if schemes:
+        return f"{', '.join(schemes)} would fit"
+    shapes = {name: preset(name) for name in preset_names()}
+    fitting = [name for name, shape in shapes.items() if shape.n_vocab == config.n_vocab and fits(shape, scheme)]
+    if not fitting:
+        return "no other scheme and no smaller shape would fit"
+    return f"in {scheme}, {max(fitting, key=lambda name: count_parameters(shapes[name]))} would fit"
 
 
 def keeps(made: int) -> bool:

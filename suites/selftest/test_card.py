@@ -1,0 +1,161 @@
+"""A card as nvidia-smi tells it, what does not fit on it, and who else is there; with stand-ins for the program."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends import torch_eager
+from harness import run as running
+from harness.budget import GIB, device_bytes, device_shortage
+from harness.card import Card, Process, card_of, chosen, parse, warning
+from harness.cell_rows import Job
+from harness.hardware import Hardware
+from harness.measure import Workload
+from harness.models import open_model
+from harness.plan import Cell, Request
+from harness.rows import Row
+from reference.config import preset
+
+CARDS = """\
+0, GPU-aaaa-1, NVIDIA H200, 142000, 143771, 1980, 3201, 570.124.06
+1, GPU-bbbb-2, NVIDIA GeForce RTX 3060 Ti, 2048, 8192, 210, [N/A], 570.124.06
+"""
+PROCESSES = """\
+GPU-bbbb-2, 4711, /opt/a, b/bin/python3, 3072
+GPU-bbbb-2, 4712, [Not Found], [N/A]
+GPU-bbbb-2, 99, /usr/bin/python3, 100
+"""
+
+
+def cards() -> list[Card]:
+    return parse(CARDS, PROCESSES, own={99})
+
+
+def test_what_nvidia_smi_prints_is_read() -> None:
+    first, second = cards()
+    assert (first.free_bytes, first.total_bytes, first.clock_mhz) == (142000 << 20, 143771 << 20, 1980)
+    assert first.others == ()
+    assert second.memory_clock_mhz is None
+    assert second.others == (Process(4711, "/opt/a, b/bin/python3", 3 << 30), Process(4712, "[Not Found]", None))
+    assert second.detail() == {
+        "driver": "570.124.06",
+        "free_bytes_before": 2 << 30,
+        "clock_mhz": 210,
+        "other_processes": ["python3 (pid 4711, 3.0 GiB)", "[Not Found] (pid 4712)"],
+    }
+    assert "other_processes" not in first.detail()
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", "No devices found\n"],
+)
+def test_a_driver_that_does_not_answer_has_no_cards(said: str) -> None:
+    assert parse(said, said, set()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "index"),
+    [
+        ("cuda", None, 0),
+        ("cuda:1", None, 1),
+        ("cuda:2", None, None),
+        ("cuda", "1", 1),
+        ("cuda:1", "1,0", 0),
+        ("cuda:0", "GPU-bbbb", 1),
+        ("cuda:0", "", None),
+        ("cuda:1", "1,7,0", None),
+    ],
+)
+def test_which_card_a_device_is(device: str, visible: str | None, index: int | None) -> None:
+    found = chosen(cards(), device, visible)
+    assert (found and found.index) == index
+
+
+def test_the_program_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in *compute-apps*) cat <<E\n{PROCESSES}E\n;; *) cat <<E\n{CARDS}E\n;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = card_of("cuda:1")
+    assert found is not None
+    assert [process.pid for process in found.others] == [4711, 4712, 99]
+    assert card_of("cpu") is None
+    assert card_of("mps") is None
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert card_of("cuda:1") is None
+
+
+# --- memory
+
+
+def shortage(model: str, scheme: str, free: float, device: str = "cuda") -> str | None:
+    card = Card(0, "GPU", "NVIDIA A800", int(free * GIB), 80 * GIB, None, None, "570")
+    return device_shortage(preset(model), scheme, torch_eager, 256, device, card)
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    assert shortage("7b", "fp16", 20) is None
+    assert shortage("7b", "fp32", 20) == (
+        "needs about 28.3 GiB on cuda (NVIDIA A800), 20.0 of 80.0 GiB are free; fp16, bf16 would fit"
+    )
+    assert "; in fp16, 3b would fit" in str(shortage("7b", "fp16", 10))
+    assert "; in fp16, 3b-world would fit" in str(shortage("7b-world", "fp16", 10))
+    assert "; no other scheme and no smaller shape would fit" in str(shortage("7b", "fp16", 0.1))
+
+
+def test_it_fits_from_the_byte_on_that_is_needed() -> None:
+    needed = device_bytes(preset("1b5"), "fp16", torch_eager, 256)
+    assert 2 * 1_515_106_304 < needed < 2 * 1_515_106_304 + GIB
+    card = Card(0, "GPU", "x", needed, None, None, None, "570")
+    assert device_shortage(preset("1b5"), "fp16", torch_eager, 256, "cuda", card) is None
+    card = Card(0, "GPU", "x", needed - 1, None, None, None, "570")
+    assert device_shortage(preset("1b5"), "fp16", torch_eager, 256, "cuda", card) is not None
+
+
+def test_nothing_is_claimed_where_nobody_tells() -> None:
+    unknown = Card(0, "GPU", "x", None, None, None, None, "570")
+    assert device_shortage(preset("14b"), "fp32", torch_eager, 256, "cuda", unknown) is None
+    assert device_shortage(preset("14b"), "fp32", torch_eager, 256, "cuda", None) is None
+
+
+# --- a run
+
+
+def rows_of(card: Card, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    monkeypatch.setattr(running, "card_of", lambda device: card)
+    cell = Cell("tiny", "torch", "fp16", Hardware("a800", "cuda:0", "NVIDIA A800"), 1, Workload(8, 1))
+    rows: list[Row] = []
+    running.run_cell(cell, open_model("tiny"), Job(Request(), None, "run"), rows.append, lambda *told: None)
+    return rows
+
+
+def test_a_cell_too_large_for_its_card_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "open_session", lambda *a, **k: pytest.fail("loaded"))
+    (row,) = rows_of(Card(0, "GPU", "NVIDIA A800", 1 << 20, 80 * GIB, 1410, 1593, "570"), monkeypatch)
+    assert row.verdict == "UNAVAILABLE"
+    assert "needs about 0.7 GiB on cuda:0 (NVIDIA A800), 0.0 of 80.0 GiB are free" in str(row.reason)
+
+
+def test_somebody_else_on_the_card_is_warned_of_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Process(7, "/usr/bin/blender", 3 * GIB)
+    card = Card(0, "GPU", "NVIDIA A800", 70 * GIB, 80 * GIB, 1410, 1593, "570", (other,))
+    assert warning("cuda:0", card) == (
+        "blender (pid 7, 3.0 GiB) also on cuda:0 (NVIDIA A800): speeds may be disturbed, and the rows say so"
+    )
+    assert warning("cuda:0", None) is None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        rows: list[Any] = rows_of(card, monkeypatch)
+    assert any("blender (pid 7, 3.0 GiB) also on cuda:0" in str(it.message) for it in seen)
+    assert rows
+    assert all(row.hardware_detail["other_processes"] == ["blender (pid 7, 3.0 GiB)"] for row in rows)
+    assert all(row.hardware_detail["clock_mhz"] == 1410 for row in rows)
