@@ -63,7 +63,7 @@ def card_of(device: str) -> Card | None:
     """The card of ``cuda`` or ``cuda:1`` as it is now; ``None`` where there is none or nobody tells."""
     if device.partition(":")[0] != "cuda":
         return None
-    cards = parse(_run(CARDS), _run(PROCESSES), own={os.getpid(), os.getppid()})
+    cards = parse(_run(CARDS), _run(PROCESSES), own=_own())
     return chosen(cards, device, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -123,6 +123,15 @@ def warning(device: str, card: Card | None) -> str | None:
 def recorded(detail: Mapping[str, Any] | None, card: Card | None) -> dict[str, Any]:
     """``hardware_detail`` with what the card is now."""
     return {**(detail or {}), **(card.detail() if card is not None else {})}
+
+
+def _own() -> set[int]:
+    """This process, whoever started it, and what it has started."""
+    try:
+        import psutil
+    except ImportError:  # on somebody's host
+        return {os.getpid(), os.getppid()}
+    return {os.getpid(), os.getppid(), *(child.pid for child in psutil.Process().children(recursive=True))}
 
 
 def _run(command: Sequence[str]) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from backends import torch_eager
-from harness import run as running
+from harness import fitting
 from harness.budget import GIB, device_bytes, device_shortage
 from harness.card import Card, Process, card_of, chosen, parse, warning
-from harness.cell_rows import Job
+from harness.cell_rows import Job, base_row
 from harness.hardware import Hardware
 from harness.measure import Workload
 from harness.models import open_model
@@ -130,32 +128,26 @@ def test_nothing_is_claimed_where_nobody_tells() -> None:
 # --- a run
 
 
-def rows_of(card: Card, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    monkeypatch.setattr(running, "card_of", lambda device: card)
+def fitted(card: Card, monkeypatch: pytest.MonkeyPatch) -> tuple[Row, str | None]:
+    monkeypatch.setattr(fitting, "card_of", lambda device: card)
     cell = Cell("tiny", "torch", "fp16", Hardware("a800", "cuda:0", "NVIDIA A800"), 1, Workload(8, 1))
-    rows: list[Row] = []
-    running.run_cell(cell, open_model("tiny"), Job(Request(), None, "run"), rows.append, lambda *told: None)
-    return rows
+    model = open_model("tiny")
+    return fitting.fitted(base_row(cell, model, Job(Request(), None, "run")), cell, model)
 
 
-def test_a_cell_too_large_for_its_card_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "open_session", lambda *a, **k: pytest.fail("loaded"))
-    (row,) = rows_of(Card(0, "GPU", "NVIDIA A800", 1 << 20, 80 * GIB, 1410, 1593, "570"), monkeypatch)
-    assert row.verdict == "UNAVAILABLE"
-    assert "needs about 0.7 GiB on cuda:0 (NVIDIA A800), 0.0 of 80.0 GiB are free" in str(row.reason)
+def test_a_cell_too_large_for_its_card_is_not_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, short = fitted(Card(0, "GPU", "NVIDIA A800", 1 << 20, 80 * GIB, 1410, 1593, "570"), monkeypatch)
+    assert "needs about 0.7 GiB on cuda:0 (NVIDIA A800), 0.0 of 80.0 GiB are free" in str(short)
+    assert (row.hardware_detail or {})["free_bytes_before"] == 1 << 20
 
 
 def test_somebody_else_on_the_card_is_warned_of_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Process(7, "/usr/bin/blender", 3 * GIB)
     card = Card(0, "GPU", "NVIDIA A800", 70 * GIB, 80 * GIB, 1410, 1593, "570", (other,))
-    assert warning("cuda:0", card) == (
-        "blender (pid 7, 3.0 GiB) also on cuda:0 (NVIDIA A800): speeds may be disturbed, and the rows say so"
-    )
     assert warning("cuda:0", None) is None
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        rows: list[Any] = rows_of(card, monkeypatch)
-    assert any("blender (pid 7, 3.0 GiB) also on cuda:0" in str(it.message) for it in seen)
-    assert rows
-    assert all(row.hardware_detail["other_processes"] == ["blender (pid 7, 3.0 GiB)"] for row in rows)
-    assert all(row.hardware_detail["clock_mhz"] == 1410 for row in rows)
+    with pytest.warns(UserWarning, match=r"blender \(pid 7, 3.0 GiB\) also on cuda:0 \(NVIDIA A800\): speeds may be"):
+        row, short = fitted(card, monkeypatch)
+    assert short is None
+    detail = row.hardware_detail or {}
+    assert detail["other_processes"] == ["blender (pid 7, 3.0 GiB)"]
+    assert detail["clock_mhz"] == 1410
