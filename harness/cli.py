@@ -80,11 +80,12 @@ def run(arguments: Namespace) -> int:
     from harness.collect import store_path
     from harness.phone_runs import phones_of
     from harness.plan import plan
-    from harness.recorded import recorded_rows
+    from harness.recorded import every_recorded, measured_rows, recorded_rows
     from harness.run import new_run_id
     from harness.run import run as run_plan
     from reports.output import check_output
-    from reports.published import published_rows
+    from reports.prediction import predicted_rows
+    from reports.published import claims_of, published_rows
     from reports.tables import summary
 
     phones = phones_of(arguments.hardware)
@@ -99,7 +100,10 @@ def run(arguments: Namespace) -> int:
     work = partial(run_plan, planned, Job(request, sampling, new_run_id()))
     collector, stopped = _collect(planned, store, work, summary)
     known = [row for name in planned.absent for row in recorded_rows(store, name, request.schemes)]
-    known += [row for name in planned.absent for row in published_rows(name, request.schemes)]
+    for name in planned.absent:
+        known += published_rows(name, request.schemes, measured_rows(store, name))
+        known += predicted_rows(name, request.models, request.schemes, every_recorded(store))
+    known += claims_of(collector.rows)
     try:
         _write_rows([*collector.rows, *known], arguments)
     except BrokenPipeError:
@@ -109,7 +113,7 @@ def run(arguments: Namespace) -> int:
             say(f"{_rows(len(collector.rows))} added to {store}")
     if stopped is not None:
         raise stopped
-    return _status(request, planned, collector, {row.hardware for row in known})
+    return _status(request, planned, collector, {row.hardware for row in known if row.kind != "predicted"})
 
 
 def _run_phones(phones: Sequence[Phone], arguments: Namespace) -> int:
@@ -167,7 +171,7 @@ def _status(request: Request, planned: Plan, collector: Collector, known: set[st
     for name in planned.absent:
         others = ", ".join(dict.fromkeys(row.scheme for row in published_rows(name)))
         lacking = f"its published figures are of {others}" if others else "and no figures of it are published here"
-        what = "only recorded and published figures are shown" if name in known else lacking
+        what = "only recorded, published and predicted figures are shown" if name in known else lacking
         codes.append(fail(f"{name} is not in this machine; nothing was measured on it, {what}", NOT_AVAILABLE))
     return exit_code(codes)
 

@@ -1,4 +1,4 @@
-"""Recorded rows of a store: figures that another program printed, shown where their hardware is asked for."""
+"""Earlier rows of a store: figures that another program printed, and what was measured on hardware not here now."""
 
 from __future__ import annotations
 
@@ -23,6 +23,17 @@ def recorded_rows(store: str | os.PathLike[str], hardware: str, schemes: Iterabl
         if row.hardware == hardware and ("all" in wanted or wanted & _names(row)):
             rows.setdefault(identity(row), row)
     return list(rows.values())
+
+
+def every_recorded(store: str | os.PathLike[str]) -> list[Row]:
+    """Recorded rows of any hardware, each once."""
+    return list({identity(row): row for row in _recorded(store)}.values())
+
+
+def measured_rows(store: str | os.PathLike[str], hardware: str) -> list[Row]:
+    """What was measured on a hardware before, here or through the inventory, the latest last."""
+    path = Path(store)
+    return [row for row in read(path) if row.kind == "measured" and row.hardware == hardware] if path.exists() else []
 
 
 def recorded_names(store: str | os.PathLike[str]) -> tuple[list[str], list[str]]:

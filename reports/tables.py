@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.rows import FIELDS, Row, cell
+from reports.claims import columns, notes
 
 #: Fields that are one line of raw data too many for a spreadsheet; the JSON formats have them.
 _NOT_IN_CSV = (
@@ -68,21 +69,30 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """The speed table of what was judged, and tables of their own for what others' programs printed or published."""
     judged = [row for row in rows if row.kind == "measured" or row.verdict]
     printed = [row for row in rows if row.kind == "recorded" and not row.verdict]
-    claimed = [row for row in rows if row.kind in ("published", "predicted")]
+    claimed = [row for row in rows if row.kind == "published"]
+    foreseen = [row for row in rows if row.kind == "predicted"]
     found = [speed_table(judged)] if judged else []
     found += [claims_table(printed, "recorded figures, printed by other programs; parity unknown")] if printed else []
-    return found + ([claims_table(claimed, "published figures, not measured here")] if claimed else [])
+    found += [claims_table(claimed, "published figures, not measured here")] if claimed else []
+    return found + ([claims_table(foreseen, "predicted from the roofline, measured nowhere")] if foreseen else [])
 
 
 def claims_table(rows: Sequence[Row], title: str) -> Table:
-    """Recorded, published and predicted rows: labelled as such, with their source, and without a verdict."""
+    """Recorded, published and predicted rows: labelled as such, with their source, and without a verdict.
+
+    What part of the hardware's peak a figure is, and our own figure of its cell, have columns where there are any.
+    """
+    more = columns(rows)
     lines = [
-        (row.hardware, row.backend, row.model, row.scheme, row.metric, f"{number(row.value)} {row.unit}", row.kind)
-        for row in rows
+        (
+            *(row.hardware, row.backend, row.model, row.scheme, row.metric, f"{number(row.value)} {row.unit}"),
+            *(cells[i] for cells in more.values()),
+            row.kind,
+        )
+        for i, row in enumerate(rows)
     ]
-    header = ("hardware", "backend", "model", "scheme", "metric", "value", "kind")
-    sources = dict.fromkeys(str(row.extra["source"]) for row in rows if "source" in row.extra)
-    return Table(title, header, tuple(lines), tuple(f"source: {s}" for s in sources))
+    header = ("hardware", "backend", "model", "scheme", "metric", "value", *more, "kind")
+    return Table(title, header, tuple(lines), tuple(notes(rows)), spare=("hardware", "threads"))
 
 
 def markdown(table: Table) -> str:

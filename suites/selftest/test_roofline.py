@@ -192,7 +192,7 @@ def test_a_rate_that_is_none_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_was_taken_under_load_is_taken_again_in_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RWKV_BENCH_CACHE", str(tmp_path))
     load, rates = [64.0], iter([1e9, 9e9, 5e9])
-    monkeypatch.setattr(probe.os, "getloadavg", lambda: (load[0], 0, 0))
+    monkeypatch.setattr("harness.machine.probe.os.getloadavg", lambda: (load[0], 0, 0))
     monkeypatch.setattr(probe, "allowed_cpus", lambda: 2)
     monkeypatch.setattr(probe, "_in_a_child", lambda *a: {**TAKEN, "read_bytes_per_s": next(rates)})
     assert probe.cpu_rates(1)["read_bytes_per_s"] == 1e9
