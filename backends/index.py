@@ -22,6 +22,7 @@ GROUP = "rwkv_bench.backends"
 BUILT_IN: dict[str, str] = {
     "numpy": "backends.numpy_reference",
     "torch": "backends.torch_eager",
+    "triton": "backends.triton_cuda",
     "onnx": "backends.onnx_cpu",
     "rwkv.cpp": "backends.rwkv_cpp",
     "bigdl-llm": "backends.bigdl_llm",

@@ -43,11 +43,13 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     # A command joins asking and answering, as the entry point does.
     "reports/command_report.py": ("harness", "backends.api", "reference.errors"),
     "reports/command_compare.py": ("harness", "reference.errors"),
+    "reports/command_ab.py": ("harness", "reference.errors"),
     "reports/verdict/": ("numpy", "reference.errors"),
     "reference/tokenizer_pile.py": ("tokenizers",),
     "backends/numpy_reference.py": ("threadpoolctl",),
     # Loaded by load() only; test_no_runtime_at_import holds the modules themselves to that.
     "backends/torch_eager/": ("torch",),
+    "backends/triton_cuda/": ("torch", "triton"),
     "backends/shared/": ("torch", "transformers"),
     "backends/transformers_rwkv.py": ("torch", "transformers"),
     "backends/rwkv_pip.py": ("rwkv", "torch"),

@@ -1,0 +1,318 @@
+"""RWKV-4 on one device: the step that a graph replays, and the pass over a prompt.
+
+Shapes and symbols as in :mod:`reference.forward`. A state is float32 ``(batch, n_layer, 5, C)``, the canonical rows.
+``rows`` stands for batch times T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from backends.triton_cuda.kernels_gemm import add_gated, square
+from backends.triton_cuda.kernels_gemv import choose, gemv_channel_mix, gemv_time_mix, top_of_block
+from backends.triton_cuda.kernels_norm import embed_norm, norm, norm_mix
+from backends.triton_cuda.kernels_wkv import wkv_output, wkv_totals
+from backends.triton_cuda.matrix import Matrix, product, vector_product
+from backends.triton_cuda.tiles import (
+    SQUARE_BLOCK,
+    TOP_BLOCK,
+    WKV_BLOCK,
+    WKV_WARPS,
+    power_of_two,
+    row_tile,
+    wkv_chunk,
+)
+from backends.triton_cuda.types import OPTIONS, TRITON, Types
+from reference.config import Config
+from reference.forward import AA, ATT_X, FFN_X, LN_EPS, PP
+
+#: Called with a trace point's name and its value ``(rows, width)``.
+Tap = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block. Vectors are float32; ``*_norm (2, C)`` weight and bias, ``*_mu`` mixing weights one below the other.
+
+    kvr  key, value and receptance of time mixing ``(3 C, C)``; kr: key and receptance of channel mixing ``(F + C, C)``
+    """
+
+    att_norm: Tensor
+    att_mu: Tensor  # k, v, r
+    decay: Tensor
+    bonus: Tensor
+    kvr: Matrix
+    output: Matrix
+    ffn_norm: Tensor
+    ffn_mu: Tensor  # k, r
+    kr: Matrix
+    value: Matrix
+    unit: float  # what the stream is divided by here
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All weights of a model on its device."""
+
+    embedding: Matrix
+    first_norm: Tensor
+    layers: tuple[Layer, ...]
+    last_norm: Tensor
+    head: Matrix
+
+
+class Step:
+    """Everything a step of decoding reads and writes, at addresses that stay.
+
+    ids (batch), state (batch, L, 5, C), logits (batch, V); ``chosen (capacity, batch)``: what greedy steps have chosen,
+    ``count (batch)`` how many. Batch 1 has buffers for its kernels; others run as prompts of one token.
+    """
+
+    CAPACITY = 4096
+
+    def __init__(self, config: Config, types: Types, device: torch.device, batch: int) -> None:
+        width, blocks = config.n_embd, triton.cdiv(config.n_vocab, TOP_BLOCK)
+        self.batch = batch
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.state = torch.zeros(batch, config.n_layer, 5, width, device=device)
+        self.logits = torch.empty(batch, config.n_vocab, device=device)
+        self.tops = torch.empty(batch, blocks, device=device)
+        self.places = torch.empty(batch, blocks, dtype=torch.int32, device=device)
+        self.chosen = torch.zeros(self.CAPACITY, batch, dtype=torch.int64, device=device)
+        self.count = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.x = torch.empty(1, width, dtype=types.stream, device=device)
+        self.mixed = torch.empty(3, width, dtype=types.inputs, device=device)
+        self.inner = torch.empty(1, width, dtype=types.inputs, device=device)
+        # Where float16 is guarded against overflow, this vector simply stays float32.
+        self.squared = torch.empty(config.n_ffn, dtype=types.made, device=device)
+        self.gate = torch.empty(width, dtype=types.made, device=device)
+
+
+class Model:
+    """RWKV-4 with its weights on one device."""
+
+    def __init__(self, config: Config, types: Types, device: torch.device, stored: Stored) -> None:
+        self.config, self.types, self.device = config, types, device
+        self._stored = stored
+        self._made = TRITON[types.made]
+
+    def step(self, b: Step) -> None:
+        """One token of every sequence: ``b.ids`` and ``b.state`` -> ``b.logits``, the state moved on in place."""
+        if b.batch > 1:
+            x = self.hidden(b.ids[:, None], b.state, b.state)
+            b.logits.copy_(self.head(x))
+            return
+        x, c = b.x, self.config.n_embd
+        self._embed(b.ids, x)
+        unit = 1.0
+        for i, layer in enumerate(self._stored.layers):
+            self._rescale(x, unit, layer.unit)
+            unit = layer.unit
+            state = b.state[:, i]
+            self._norm_mix(x, layer.att_norm, layer.att_mu, state[:, ATT_X], state[:, ATT_X], b.mixed, 1, unit)
+            tile = layer.kvr.tile(c)
+            gemv_time_mix[(triton.cdiv(c, tile.rows),)](
+                layer.kvr.data, layer.kvr.scales, b.mixed, state[:, AA], state[:, AA], layer.decay, layer.bonus,
+                b.inner, c, *layer.kvr.strides, MADE=self._made, BITS=layer.kvr.bits, KN=layer.kvr.kn,
+                BN=tile.rows, BK=tile.columns, num_warps=tile.warps, **OPTIONS,
+            )  # fmt: skip
+            vector_product(layer.output, b.inner, x, add=True)
+            self._norm_mix(x, layer.ffn_norm, layer.ffn_mu, state[:, FFN_X], state[:, FFN_X], b.mixed, 1, unit)
+            tile = layer.kr.tile(self.config.n_ffn)
+            gemv_channel_mix[(triton.cdiv(self.config.n_ffn, tile.rows) + triton.cdiv(c, tile.rows),)](
+                layer.kr.data, layer.kr.scales, b.mixed, b.squared, b.gate, c, self.config.n_ffn, *layer.kr.strides,
+                MADE=self._made, BITS=layer.kr.bits, KN=layer.kr.kn,
+                BN=tile.rows, BK=tile.columns, num_warps=tile.warps, **OPTIONS,
+            )  # fmt: skip
+            vector_product(layer.value, b.squared, x, b.gate, add=True)
+        last = self._last_norm(x, unit)
+        vector_product(self._stored.head, last, b.logits)
+
+    def choose(self, b: Step) -> None:
+        """The arg-max of ``b.logits`` -> ``b.ids`` and the next row of ``b.chosen``."""
+        blocks = b.tops.shape[1]
+        top_of_block[(blocks, b.batch)](b.logits, b.tops, b.places, self.config.n_vocab, BLOCK=TOP_BLOCK, **OPTIONS)
+        choose[(b.batch,)](
+            b.tops, b.places, b.ids, b.chosen, b.count, blocks, b.batch, BLOCK=power_of_two(blocks), **OPTIONS
+        )
+
+    def hidden(self, ids: Tensor, past: Tensor, after: Tensor, tap: Tap | None = None) -> Tensor:
+        """``ids (batch, T)`` -> the stream after ``ln_out``, ``(rows, C)``, as the head takes it; ``after`` is written.
+
+        ``past`` and ``after`` may be the same only where T is 1.
+        """
+        length = ids.shape[1]
+        ids = ids.reshape(-1)
+        x = torch.empty(len(ids), self.config.n_embd, dtype=self.types.stream, device=self.device)
+        raw = None if tap is None else torch.empty_like(x)
+        self._embed(ids, x, raw)
+        if tap is not None and raw is not None:
+            tap("emb", raw)
+            tap("blocks.0.ln0", x)
+        unit = 1.0
+        for i, layer in enumerate(self._stored.layers):
+            self._rescale(x, unit, layer.unit)
+            unit = layer.unit
+            here = _named(tap, f"blocks.{i}.")
+            x.add_(self._time_mix(x, layer, past[:, i], after[:, i], length, here))
+            if here is not None:
+                here("att.residual", _times(x, unit))
+            self._channel_mix(x, layer, past[:, i], after[:, i], length, here)
+            if here is not None:
+                here("ffn.residual", _times(x, unit))
+        last = self._last_norm(x, unit)
+        if tap is not None:
+            tap("ln_out", last)
+        return last
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits ``(rows, V)``, float32."""
+        return product(self._stored.head, x, torch.float32)
+
+    def _time_mix(self, x: Tensor, layer: Layer, past: Tensor, after: Tensor, length: int, tap: Tap | None) -> Tensor:
+        rows, c = x.shape
+        mixed = torch.empty(3, rows, c, dtype=self.types.inputs, device=self.device)
+        normed = None if tap is None else torch.empty_like(x)
+        self._norm_mix(
+            x, layer.att_norm, layer.att_mu, past[:, ATT_X], after[:, ATT_X], mixed, length, layer.unit, normed
+        )
+        k, v, r = (product(layer.kvr.rows(j * c, c), mixed[j], self.types.made) for j in range(3))
+        out = torch.empty_like(mixed[0])
+        raw = None if tap is None else torch.empty(rows, c, dtype=self.types.made, device=self.device)
+        self._wkv(k, v, r, layer, past, after, length, out, raw)
+        added = product(layer.output, out, self.types.made)
+        if tap is not None and normed is not None and raw is not None:
+            names = ("ln1", "att.xk", "att.xv", "att.xr", "att.k", "att.v", "att.r", "att.wkv", "att.rwkv")
+            for name, value in zip(names, (normed, *mixed, k, v, r.sigmoid(), raw, out)):
+                tap(name, value)
+            tap("att.out", _times(added, layer.unit))
+        return added
+
+    def _wkv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        r: Tensor,
+        layer: Layer,
+        past: Tensor,
+        after: Tensor,
+        length: int,
+        out: Tensor,
+        raw: Tensor | None,
+    ) -> None:
+        scan(k, v, r, layer.decay, layer.bonus, past[:, AA : PP + 1], after[:, AA : PP + 1], length, out, raw)
+
+    def _channel_mix(self, x: Tensor, layer: Layer, past: Tensor, after: Tensor, length: int, tap: Tap | None) -> None:
+        """Adds to ``x`` in place."""
+        rows, c = x.shape
+        hidden, types = self.config.n_ffn, self.types
+        mixed = torch.empty(2, rows, c, dtype=types.inputs, device=self.device)
+        normed = None if tap is None else torch.empty_like(x)
+        self._norm_mix(
+            x, layer.ffn_norm, layer.ffn_mu, past[:, FFN_X], after[:, FFN_X], mixed, length, layer.unit, normed
+        )
+        k = product(layer.kr.rows(0, hidden), mixed[0], types.made)
+        r = product(layer.kr.rows(hidden, c), mixed[1], types.made)
+        squared = torch.empty_like(k, dtype=types.inputs)
+        factors = torch.ones(rows, device=self.device)
+        tile = row_tile(SQUARE_BLOCK, rows)
+        square[(triton.cdiv(rows, tile.rows),)](
+            k, squared, factors, hidden, rows,
+            LIMITED=types.limited, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
+        v = product(layer.value, squared, types.made)
+        if tap is not None and normed is not None:
+            whole = factors[:, None]
+            gate, product_ = r.sigmoid(), _times(v * whole if types.limited else v, layer.unit)
+            values = (normed, *mixed, k, squared * whole if types.limited else squared, product_, gate, gate * product_)
+            names = ("ln2", "ffn.xk", "ffn.xr", "ffn.k", "ffn.k2", "ffn.v", "ffn.r", "ffn.out")
+            for name, value in zip(names, values):
+                tap(name, value)
+        self._by_rows(add_gated, rows, x, r, v, factors, c, rows, LIMITED=types.limited, MADE=self._made)
+
+    def _embed(self, ids: Tensor, x: Tensor, raw: Tensor | None = None) -> None:
+        table, groups = self._stored.embedding, -(-self.config.n_embd // 32)
+        self._by_rows(
+            embed_norm, len(ids),
+            ids, table.data, table.scales, *self._stored.first_norm, x, raw, self.config.n_embd, groups,
+            len(ids), LN_EPS,
+            BITS=table.bits, TRACE=raw is not None,
+        )  # fmt: skip
+
+    def _norm_mix(
+        self,
+        x: Tensor,
+        affine: Tensor,
+        mu: Tensor,
+        past: Tensor,
+        after: Tensor,
+        mixed: Tensor,
+        length: int,
+        unit: float,
+        normed: Tensor | None = None,
+    ) -> None:
+        rows, c = x.shape
+        self._by_rows(
+            norm_mix, rows,
+            x, past, after, affine[0], affine[1], mu, mixed, normed, c, length, rows, past.stride(0), LN_EPS / unit**2,
+            MIXES=len(mu), SINGLE=length == 1, TRACE=normed is not None,
+        )  # fmt: skip
+
+    def _last_norm(self, x: Tensor, unit: float) -> Tensor:
+        out = torch.empty_like(x, dtype=self.types.inputs)
+        c, rows = self.config.n_embd, len(x)
+        self._by_rows(norm, rows, x, *self._stored.last_norm, out, c, rows, LN_EPS / unit**2)
+        return out
+
+    def _by_rows(self, kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel whose programs hold whole rows of channels."""
+        tile = row_tile(self.config.n_embd, rows)
+        kernel[(triton.cdiv(rows, tile.rows),)](
+            *arguments, **constants, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps, **OPTIONS
+        )
+
+    def _rescale(self, x: Tensor, before: float, unit: float) -> None:
+        if unit != before:
+            x.mul_(before / unit)
+
+
+def scan(
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    past: Tensor,
+    after: Tensor,
+    length: int,
+    out: Tensor,
+    raw: Tensor | None = None,
+) -> None:
+    """sigmoid(r) * wkv over ``k, v, r (batch * length, C)`` -> ``out``; ``past, after (batch, 3, C)`` in a state."""
+    rows, c = k.shape
+    batch = rows // length
+    chunk = wkv_chunk(length, c, batch)
+    chunks, blocks = triton.cdiv(length, chunk), triton.cdiv(c, WKV_BLOCK)
+    totals = torch.empty(batch, max(1, chunks - 1), 3, c, device=k.device)
+    if chunks > 1:
+        wkv_totals[(blocks, chunks - 1, batch)](
+            k, v, decay, totals, c, length, chunk, BLOCK=WKV_BLOCK, num_warps=WKV_WARPS, **OPTIONS
+        )
+    wkv_output[(blocks, chunks, batch)](
+        k, v, r, decay, bonus, past, after, totals, out, raw, c, length, chunk, chunks, past.stride(0),
+        MADE=TRITON[k.dtype], TRACE=raw is not None, BLOCK=WKV_BLOCK, num_warps=WKV_WARPS, **OPTIONS,
+    )  # fmt: skip
+
+
+def _named(tap: Tap | None, prefix: str) -> Tap | None:
+    return None if tap is None else lambda name, value: tap(prefix + name, value)
+
+
+def _times(x: Tensor, unit: float) -> Tensor:
+    return x if unit == 1 else x.float() * unit
