@@ -20,9 +20,6 @@ from reference.errors import InputError
 SPEEDS = ("prefill", "decode")
 METRICS = (*SPEEDS, "time_to_first_token")
 
-#: Marks of a block that was taken under disturbance.
-_DISTURBED = ("disturbed", "left_out", "excluded")
-
 #: Verdicts of cells that have a speed.
 _TIMED = ("PASS", "UNSUPPORTED", None)
 
@@ -106,12 +103,13 @@ def _spans(row: Row, total: int) -> list[tuple[int, int, bool]]:
             start, count = int(block["start"]), int(block["count"])
         except (TypeError, KeyError, ValueError):
             raise InputError(f"{row.backend} {row.scheme}, {row.metric}: a block without start and count") from None
-        if not 0 <= start < start + count <= total:
+        if not 0 <= start <= start + count <= total:
             raise InputError(
                 f"{row.backend} {row.scheme}, {row.metric}: a block of samples {start} to {start + count - 1}; "
                 f"there are {total}"
             )
-        found.append((start, count, any(bool(block.get(mark)) for mark in _DISTURBED)))
+        if count:
+            found.append((start, count, bool(block.get("left_out", block.get("disturbed", False)))))
     return found
 
 

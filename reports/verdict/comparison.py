@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from reports.verdict.permutation import Arms
 _SOUND = ("PASS", "UNSUPPORTED")
 _BROKEN = ("FAIL", "CRASHED", "TIMEOUT")
 
+_FIELDS = {it.name for it in fields(Row)}
 _NAMES = ("hardware", "device", "model", "backend", "scheme", "threads")
 
 
@@ -137,20 +138,28 @@ def varying(cells: Sequence[Mapping[str, str]]) -> list[str]:
 def _line(base: Series, head: Series, answer: Answer) -> Line:
     left_out = base.left_out + head.left_out
     unit = base.row.unit
-    return Line(names_of(head.row), head.row.metric, unit, typical(base), typical(head), answer, left_out)
+    return Line(
+        names_of(head.row),
+        head.row.metric,
+        unit,
+        typical_of(base.row, base.times),
+        typical_of(head.row, head.times),
+        answer,
+        left_out,
+    )
 
 
-def typical(series: Series) -> float:
-    """The median over blocks, in the unit of the metric; NaN without any block."""
-    if not len(series.times):
+def typical_of(row: Row, logs: np.ndarray) -> float:
+    """The median over blocks ``(n,)``, logarithms of ns, in the unit of the row's metric; NaN without any block."""
+    if not len(logs):
         return math.nan
-    ns = float(np.exp(np.median(series.times)))
-    found = derived(_with_sample(series.row, ns)).value
+    found = derived(_with_sample(row, float(np.exp(np.median(logs))))).value
     return math.nan if found is None else found
 
 
 def _with_sample(row: Row, ns: float) -> Row:
-    return replace(row, samples=(ns,), steps=None, value=None, interval=None, extra={})
+    empty: dict[str, Any] = dict.fromkeys(_FIELDS & {"steps", "blocks", "warmup", "percentiles", "value", "interval"})
+    return replace(row, samples=(ns,), extra={}, **empty)
 
 
 def _both(base: File, head: File, key: tuple[Any, ...]) -> tuple[str | None, str | None, str]:
@@ -219,4 +228,4 @@ def _more(lines: Sequence[Line], merged: int) -> str:
     return f"up to {max(lacking)} more blocks of each side would tell"
 
 
-__all__ = ["Comparison", "Judged", "Line", "compare", "names_of", "typical", "varying"]
+__all__ = ["Comparison", "Judged", "Line", "compare", "names_of", "typical_of", "varying"]

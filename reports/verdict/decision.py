@@ -22,7 +22,7 @@ import numpy as np
 from reports.verdict import dependence
 from reports.verdict.exact import fewest, least_p, least_pair_p
 from reports.verdict.permutation import Arms, at_least, at_most, estimate, faster, slower
-from reports.verdict.power import POWER, Noise, detectable, needed, noise
+from reports.verdict.power import POWER, SPARE, Noise, detectable, needed, noise
 
 SLOWER, FASTER, NO_SLOWER, UNDECIDED = "SLOWER", "FASTER", "NO SLOWER", "UNDECIDED"
 
@@ -139,7 +139,7 @@ def _answer(arms: Arms, decision: str, p: float, rules: Rules, cells: int, merge
 
 def _wanted(arms: Arms, left: Noise | None, ratio: float, rules: Rules, alpha: float) -> tuple[int | None, str]:
     """How many blocks of each side, or pairs, would do, and what for."""
-    have, least = min(arms.sizes), fewest(alpha, arms.paired)
+    have, least = min(arms.sizes), fewest(alpha, arms.paired) + SPARE
     reached = least_pair_p(have) if arms.paired else least_p(*arms.sizes)
     if left is None or not np.isfinite(left[0]).all():
         return max(least, have + 1), "too few to know the noise; at least"

@@ -101,7 +101,7 @@ def ask(record: Record, how: str, rules: Rules, cells: int, rng: np.random.Gener
     for i in range(PILOTS):
         one = Arms(first.base[i], first.head[i], first.paired)
         n = needed(noise(one), one.paired, rules.gap, alpha)
-        found.append(None if n is None or n > MOST_BLOCKS else max(n, fewest(alpha, one.paired)))
+        found.append(None if n is None or n > MOST_BLOCKS else n)
     return found
 
 

@@ -17,13 +17,16 @@ from reports.verdict.permutation import Arms, estimate, statistic
 #: Wanted chance to see a slowdown.
 POWER = 0.95
 
+#: Blocks asked for beyond those without which nothing can be certain: a burst may put one in the wrong place.
+SPARE = 2
+
 #: Reports drawn again to find a chance; one in twenty may miss.
 DRAWS = 300
 
 #: More blocks than this are not asked for: a smaller effect, or a quieter machine, is another question.
 MOST_ASKED = 4096
 
-_UPPER = 1.28  # standard normal quantile of 90 %
+_UPPER = 1.645  # standard normal quantile of 95 %
 
 Noise = tuple[np.ndarray, np.ndarray]
 
@@ -41,7 +44,7 @@ def noise(arms: Arms) -> Noise:
 
 
 def widened(freedom: int) -> float:
-    """How much larger a spread may be than what that many degrees of freedom show: its upper 90 % bound, for normal
+    """How much larger a spread may be than what that many degrees of freedom show: its upper 95 % bound, for normal
     noise (chi-square quantile by Wilson & Hilferty, PNAS 17 (1931), 684)."""
     if freedom < 1:
         return math.inf
@@ -76,7 +79,7 @@ def needed(found: Noise, paired: bool, effect: float, alpha: float, power: float
     """Blocks per arm, or pairs, with which that effect is seen with that power; None if more than MOST_ASKED."""
     if not effect > 0 or not all(np.isfinite(part).all() for part in found):
         return None
-    least = fewest(alpha, paired)
+    least = fewest(alpha, paired) + SPARE
 
     def enough(n: int) -> bool:
         if n <= MOST_BLOCKS:

@@ -42,8 +42,10 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "reports/plots.py": ("matplotlib",),
     # A command joins asking and answering, as the entry point does.
     "reports/command_report.py": ("harness", "backends.api", "reference.errors"),
+    "reports/command_recommend.py": ("harness",),
     "reports/command_compare.py": ("harness", "reference.errors"),
     "reports/command_ab.py": ("harness", "reference.errors"),
+    "reports/ab_work.py": ("harness",),
     "reports/verdict/": ("numpy", "reference.errors"),
     "reference/tokenizer_pile.py": ("tokenizers",),
     "backends/numpy_reference.py": ("threadpoolctl",),

@@ -1,0 +1,97 @@
+"""An A/B comparison at work: which block comes next, and what has been measured so far.
+
+A pair is a block of base and one of head of the same cell, one right after the other. Which comes first is decided
+by a fair coin: that, and not any property of the noise, makes the signs of the pairs' differences independent and
+even where the sides do not differ (Fisher's randomisation). Cells take turns in an order drawn anew for every round.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.ab_blocks import Block, BlockFailed, measure_block
+from harness.ab_checkouts import BASE, HEAD, Side
+from harness.plan import Cell
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Pairs:
+    """One cell: its pairs in order of time; what ended it early, by side."""
+
+    cell: Cell
+    pairs: list[tuple[Block, Block]] = field(default_factory=list)
+    head_first: list[bool] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    done: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether more is to be measured."""
+        return not (self.done or self.failed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of every block.
+
+    spec     options of :mod:`harness.ab_worker` that all cells share
+    backend  (side, backend) -> what that side calls it
+    """
+
+    sides: tuple[Side, Side]
+    spec: Mapping[str, Any]
+    backend: Callable[[Side, str], str]
+    seed: int
+    measure: Callable[[Side, Mapping[str, Any]], Block] = measure_block
+
+
+def rounds(job: Job, cells: Sequence[Pairs], deadline: float, tell: Tell) -> Iterator[int]:
+    """Measure round after round, one pair of every open cell each; gives the number of rounds done.
+
+    Ends when no cell is open or ``time.monotonic()`` has passed ``deadline``; a pair cut short is not kept.
+    """
+    rng = random.Random(job.seed)
+    number = 0
+    while any(cell.open for cell in cells):
+        order = [cell for cell in cells if cell.open]
+        rng.shuffle(order)
+        for cell in order:
+            head_first = rng.random() < 0.5
+            if time.monotonic() > deadline:
+                return
+            _pair(job, cell, head_first, tell)
+        number += 1
+        yield number
+
+
+def _pair(job: Job, cell: Pairs, head_first: bool, tell: Tell) -> None:
+    found: dict[str, Block] = {}
+    base, head = job.sides
+    for side in (head, base) if head_first else (base, head):
+        tell(f"{cell.cell.backend} {cell.cell.scheme}: pair {len(cell.pairs) + 1}, {side.name}")
+        try:
+            found[side.name] = job.measure(side, _spec(job, side, cell.cell))
+        except BlockFailed as error:
+            cell.failed[side.name] = str(error)
+    if not cell.failed:
+        cell.pairs.append((found[BASE], found[HEAD]))
+        cell.head_first.append(head_first)
+
+
+def _spec(job: Job, side: Side, cell: Cell) -> dict[str, Any]:
+    return {
+        **job.spec,
+        "backend": job.backend(side, cell.backend),
+        "model": cell.model,
+        "scheme": cell.scheme,
+        "device": cell.hardware.device,
+        "threads": cell.threads,
+        "prompt_tokens": cell.workload.prompt_tokens,
+        "decode_tokens": cell.workload.decode_tokens,
+    }
