@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.rows import Row, cell
+from reference.schemes import SCHEMES
 from reports.tables import verdict_of
 
 #: Verdicts of cells that never started, and of processes that ended before their cell did.
@@ -124,6 +125,12 @@ def _key(row: Row) -> tuple[Any, ...]:
 def machine_of(row: Row) -> str:
     """Full name of the machine a row was measured on; empty where it is not said."""
     return str((row.hardware_detail or {}).get("name", ""))
+
+
+def scheme_class(row: Row) -> str:
+    """The class that tables align schemes by, also of a row that ended before it knew; empty for an unknown scheme."""
+    known = SCHEMES.get(row.scheme)
+    return row.scheme_class or (known.scheme_class if known else "")
 
 
 def _subject(row: Row) -> tuple[Any, ...]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from harness.rows import Row
-from harness.stats import step_percentiles
-from reports.cells import QUALITY, Cell, machine_of
+from reports.cells import QUALITY, Cell, machine_of, scheme_class
 from reports.points import frontier_point, in_unit, roofline_points
-from reports.row_fields import leave_outs, percentiles, revision
-from reports.tables import number, small
+from reports.row_fields import blocks_text, excluded_samples, percentiles_text, revision, roofline_text
+from reports.tables import small
 
 #: More samples than this are thinned evenly, and the page says so.
 MOST_SAMPLES = 200
@@ -27,10 +25,10 @@ def record(cell: Cell, i: int, colour: int = 0) -> dict[str, Any]:
         "colour": colour,
         "kind": row.kind,
         "hardware": cell.hardware,
-        "model": row.model + (" (synthetic)" if row.synthetic else ""),
+        "model": row.model,
         "backend": row.backend,
         "scheme": row.scheme,
-        "cls": row.scheme_class or "",
+        "cls": scheme_class(row),
         "threads": row.threads,
         "workload": workload(row),
         "verdict": cell.verdict or "unknown",
@@ -60,6 +58,7 @@ def facts(cell: Cell) -> list[tuple[str, str]]:
     gate = next((r for r in cell.rows if r.metric in ("parity", "state_parity") and r.error is not None), None)
     found: list[tuple[str, Any]] = [
         ("machine", machine_of(row)),
+        ("weights", "synthetic" if row.synthetic else None),
         ("device", row.device),
         ("version", row.backend_version),
         ("arithmetic", row.arithmetic),
@@ -142,8 +141,8 @@ def _value(row: Row | None) -> float | None:
 
 def _times(row: Row) -> dict[str, Any]:
     """A quantity with its raw samples in its own unit, in the order in which they were taken."""
-    samples = in_unit(row)
-    steps = percentiles(row) or (step_percentiles(row.steps) if row.steps and any(row.steps) else {})
+    samples, out = in_unit(row), excluded_samples(row)
+    drawn = _thinned(len(samples))
     low, high = row.interval or (None, None)
     return {
         "metric": row.metric.replace("_", " "),
@@ -151,16 +150,18 @@ def _times(row: Row) -> dict[str, Any]:
         "v": row.value,
         "lo": low,
         "hi": high,
-        "samples": _thinned(samples),
+        "samples": [float(f"{samples[i]:.6g}") for i in drawn],
+        "out": [at for at, i in enumerate(drawn) if i in out],
         "n": len(samples),
         "stopped": row.stopped or "",
-        "out": leave_outs(row),
-        "steps": " · ".join(f"p{percent} {number(ns / 1e6)} ms" for percent, ns in steps.items()),
+        "blocks": blocks_text(row),
+        "steps": percentiles_text(row),
+        "roofline": roofline_text(row),
     }
 
 
-def _thinned(samples: Sequence[float]) -> list[float]:
-    if len(samples) <= MOST_SAMPLES:
-        return [float(f"{sample:.6g}") for sample in samples]
-    step = (len(samples) - 1) / (MOST_SAMPLES - 1)
-    return [float(f"{samples[round(i * step)]:.6g}") for i in range(MOST_SAMPLES)]
+def _thinned(n: int) -> list[int]:
+    """Positions of the samples that are drawn, evenly among all."""
+    if n <= MOST_SAMPLES:
+        return list(range(n))
+    return [round(i * (n - 1) / (MOST_SAMPLES - 1)) for i in range(MOST_SAMPLES)]

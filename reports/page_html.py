@@ -141,6 +141,8 @@ def _pivots(cells: Sequence[Cell]) -> str:
 
 
 def _pivot(table: Table) -> str:
+    heading, _, about = table.title.partition(" · ")
+    heading = heading[:1].upper() + heading[1:]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     body = "".join(
         "<tr>"
@@ -154,7 +156,7 @@ def _pivot(table: Table) -> str:
         for line in table.lines
     )
     return (
-        f'<section><h2>{escape(table.title.split(" · ")[0])}</h2><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{escape(table.title)}"><table class="pivot"><caption>{escape(table.title)}</caption>'
+        f'<section><h2>{escape(heading)}</h2><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(table.title)}"><table class="pivot"><caption>{escape(about)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )

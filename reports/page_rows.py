@@ -182,7 +182,7 @@ def _used(own: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Column]:
 
     def filled(column: Column) -> bool:
         if column.key in ("hardware", "model", "threads", "workload"):
-            return len({str(each[column.key]) for _, each in own}) > 1
+            return len({str(each[column.key]) for _, each in own} - {"", "None"}) > 1
         if column.key in ("ttft", "memory", "roofline", "kl"):
             return any("data-v=" in column.cell(cell, each, 0.0) for cell, each in own)
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.rows import Row
-from reports.cells import SPEEDS, Cell
+from reports.cells import SPEEDS, Cell, scheme_class
 from reports.tables import Table, number
 
 #: Order of quantization classes, widest first; others follow by name.
@@ -45,7 +45,7 @@ def _pivot(metric: str, about: str, cells: Sequence[Cell]) -> Table:
     places: dict[tuple[str, str], dict[str, list[str]]] = {}
     several = len({cell.first.threads for cell in cells} - {None}) > 1
     for cell in cells:
-        key = (cell.hardware, cell.first.scheme_class or cell.first.scheme)
+        key = (cell.hardware, scheme_class(cell.first) or cell.first.scheme)
         text = _entry(cell, metric, several)
         if text:
             places.setdefault(key, {}).setdefault(cell.first.backend, []).append(text)

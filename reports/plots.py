@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reports.cells import Cell, ordered
+from reports.cells import Cell, ordered, scheme_class
 from reports.page_data import history
 from reports.points import frontier_point, pareto, roofline_points
 from reports.tables import number
@@ -94,9 +94,9 @@ def _bars(axes: Axes, cells: Sequence[Cell], metric: str, colours: dict[str, str
     kept = sorted(timed, key=lambda pair: -(pair[1].value or 0.0))[:MOST_BARS]
     names = [cell for cell, _ in kept]
     y, ticks, labels = 0.0, [], []
-    for scheme_class in sorted({cell.first.scheme_class or "other" for cell, _ in kept}, key=_rank):
+    for group in sorted({scheme_class(cell.first) or "other" for cell, _ in kept}, key=_rank):
         for cell, row in kept:
-            if (cell.first.scheme_class or "other") != scheme_class or row.value is None:
+            if (scheme_class(cell.first) or "other") != group or row.value is None:
                 continue
             low, high = row.interval or (row.value, row.value)
             error = [[row.value - low], [high - row.value]] if row.interval else None
@@ -137,7 +137,7 @@ def _roofline(axes: Axes, cells: Sequence[Cell], colours: dict[str, str]) -> Non
     points = [(cell, point) for cell in cells for point in roofline_points(cell)]
     axes.set_title("roofline: circles decode, squares prefill", fontsize=10)
     if not points:
-        _empty(axes, "no cell says the bytes and parameters that it reads")
+        _empty(axes, "no cell says the bytes of weights that it reads")
         return
     for cell, point in points:
         marker = "o" if point["metric"] == "decode" else "s"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from harness.rows import Row
 from harness.stats import rate
 from reports.cells import SPEEDS, Cell
+from reports.row_fields import roofline
 
 _NS = 1e9
 
@@ -30,46 +31,39 @@ def tokens_of(row: Row) -> int | None:
     return length * row.workload.batch or None
 
 
-def matrix_parameters(config: Mapping[str, Any] | None) -> int | None:
-    """Parameters that every token multiplies: the matrices of all layers and the head, not the embedding.
+def operations(row: Row) -> float | None:
+    """Floating-point operations of the matrix products of one decode step, or of one prompt.
 
-    RWKV-4: key, value, receptance and output of the time mix are C x C, the channel mix has C x F, F x C and C x C.
+    RWKV-4: key, value, receptance and output of the time mix are C x C, the channel mix has C x F, F x C and C x C;
+    a prompt needs the head for its last token only.
     """
     try:
-        c, f, n, v = (int((config or {})[name]) for name in ("n_embd", "n_ffn", "n_layer", "n_vocab"))
+        c, f, n, v = (int((row.config or {})[name]) for name in ("n_embd", "n_ffn", "n_layer", "n_vocab"))
     except (KeyError, TypeError, ValueError):
         return None
-    return n * (5 * c * c + 2 * c * f) + c * v
+    if row.workload is None:
+        return None
+    tokens = row.workload.prompt_tokens if row.metric == "prefill" else 1
+    return 2.0 * row.workload.batch * (tokens * n * (5 * c * c + 2 * c * f) + c * v)
 
 
 def roofline_points(cell: Cell) -> list[dict[str, Any]]:
-    """Prefill and decode of a cell as (floating-point operations per byte of weights read, operations per second).
+    """Prefill and decode of a cell as (operations per byte of weights read, operations per second).
 
-    Two operations per parameter and token; a prompt reads the weights once, so its intensity is that of decode times
-    its length. ``roof`` is what the machine can do at that intensity: what was reached over the roofline fraction.
+    ``roof`` is what the machine can do at that intensity: its bandwidth times the intensity for decode, its matrix
+    rate for prefill. None where the row does not say: then the point stands without a roof.
     """
     found = []
     for metric in SPEEDS:
         row = cell.speed(metric)
-        parameters = matrix_parameters(None if row is None else row.config)
-        if row is None or row.value is None or parameters is None or not row.weight_bytes or row.workload is None:
+        work = None if row is None else operations(row)
+        if row is None or row.value is None or work is None or not row.weight_bytes or row.workload is None:
             continue
-        each = row.workload.batch * (row.workload.prompt_tokens if metric == "prefill" else 1)
-        reached = 2 * parameters * row.value
-        roof = reached / row.roofline_fraction if row.roofline_fraction else None
-        intensity = 2 * parameters * each / bytes_read(row, parameters)
-        found.append({"metric": metric, "x": intensity, "y": reached, "roof": roof, "fraction": row.roofline_fraction})
+        tokens = row.workload.batch * (row.workload.prompt_tokens if metric == "prefill" else 1)
+        intensity, reached, told = work / row.weight_bytes, work * row.value / tokens, roofline(row)
+        roof = told.rate if told.rate is None or metric == "prefill" else told.rate * intensity
+        found.append({"metric": metric, "x": intensity, "y": reached, "roof": roof, "fraction": told.fraction})
     return found
-
-
-def bytes_read(row: Row, parameters: int) -> float:
-    """Bytes of weights that a decode step reads: what the row says, else all but the embedding's share."""
-    told = row.extra.get("bytes_per_token")
-    if isinstance(told, (int, float)) and told > 0:
-        return float(told)
-    config = row.config or {}
-    embedding = int(config["n_embd"]) * int(config["n_vocab"])
-    return (row.weight_bytes or 0) * parameters / (parameters + embedding)
 
 
 def frontier_point(cell: Cell) -> dict[str, float] | None:

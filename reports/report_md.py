@@ -17,14 +17,15 @@ def markdown_report(found: Results, title: str) -> str:
     newest = [row for cell in known for row in cell.rows]
     lines = "".join(f"- {_plain(line)}\n" for line in headline(known))
     parts = [f"# {_plain(title)}\n\n{lines}"]
-    parts += [markdown(_escaped(table)) for table in pivots(known)]
-    parts += [markdown(_escaped(table)) for table in tables(newest)]
+    parts += [markdown(escaped(table)) for table in pivots(known)]
+    parts += [markdown(escaped(table)) for table in tables(newest)]
     if found.said:
         parts.append("Noticed while reading:\n\n" + "".join(f"- {_plain(line)}\n" for line in found.said))
     return "\n".join(parts)
 
 
-def _escaped(table: Table) -> Table:
+def escaped(table: Table) -> Table:
+    """The table with texts whose markup Markdown does not see."""
     return Table(
         _plain(table.title),
         tuple(map(_plain, table.header)),

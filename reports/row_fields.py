@@ -1,55 +1,99 @@
-"""Figures that a row may carry beside its own: percentiles, blocks left out, the revision, what the roofline rests on.
+"""Figures that a row carries beside its own: percentiles of a step, blocks left out, the revision, its roofline.
 
-One place knows their names; a row without one gives None, never a default.
+One place knows their names; a row without one gives nothing, never a default.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from harness.rows import Row
+from harness.stats import step_percentiles
+from reports.tables import number
+
+_NS = 1e9
 
 
-def field(row: Row, name: str) -> Any:
-    """A field by name, known to this version or not."""
-    return getattr(row, name, None) if name not in row.extra else row.extra[name]
+@dataclass(frozen=True)
+class Roofline:
+    """What a figure is a fraction of, or why it is of nothing.
+
+    rate    byte/s for decode, FLOP/s for prefill
+    """
+
+    fraction: float | None = None
+    of: str = ""
+    rate: float | None = None
+    unit: str = ""
+    reason: str = ""
 
 
-def leave_outs(row: Row) -> str:
-    """How many blocks were left out under disturbance, and why; empty where the row does not say."""
-    found = field(row, "left_out")
-    if isinstance(found, Mapping):
-        total = sum(n for n in found.values() if isinstance(n, int))
-        why = ", ".join(f"{n} {reason}" for reason, n in found.items() if n)
-        return f"{_blocks(total)} left out" + (f" ({why})" if why else "")
-    if isinstance(found, (list, tuple)):
-        return f"{_blocks(len(found))} left out"
-    return f"{_blocks(found)} left out" if isinstance(found, int) else ""
+def roofline(row: Row) -> Roofline:
+    """As the row has it; all unknown for a row of an older version."""
+    told = row.extra.get("roofline")
+    told = told if isinstance(told, Mapping) else {}
+    rate = told.get("rate")
+    return Roofline(
+        row.roofline_fraction,
+        str(told.get("of", "")),
+        float(rate) if isinstance(rate, (int, float)) and rate > 0 else None,
+        str(told.get("unit", "")),
+        str(told.get("reason", "")),
+    )
 
 
-def left_out_count(row: Row) -> int | None:
-    """How many blocks were left out; None where the row does not say."""
-    found = field(row, "left_out")
-    if isinstance(found, Mapping):
-        return sum(n for n in found.values() if isinstance(n, int))
-    if isinstance(found, (list, tuple)):
-        return len(found)
-    return found if isinstance(found, int) else None
+def roofline_text(row: Row) -> str:
+    """``34 % of read bandwidth, 38.2 GB/s``, or why there is none."""
+    found = roofline(row)
+    if found.fraction is None:
+        return found.reason
+    rate = ""
+    if found.rate is not None:
+        unit = {"byte/s": "GB/s", "FLOP/s": "GFLOP/s"}.get(found.unit, f"1e9 {found.unit}")
+        rate = f", {number(found.rate / 1e9)} {unit}"
+    return f"{100 * found.fraction:.0f} % of {found.of or 'the roofline'}{rate}"
 
 
-def percentiles(row: Row) -> dict[int, float]:
-    """Percent -> nanoseconds of a step, where the row carries them ready made."""
-    found = field(row, "percentiles")
-    if not isinstance(found, Mapping):
-        return {}
-    return {int(str(name).lstrip("p")): float(ns) for name, ns in found.items() if isinstance(ns, (int, float))}
+def left_out(row: Row) -> int:
+    """Blocks left out of value and interval because the machine did something else meanwhile."""
+    return sum(bool(block.get("left_out")) for block in row.blocks or ())
+
+
+def blocks_text(row: Row) -> str:
+    """``3 of 12 blocks left out (2 others, 1 steal)``; empty where nothing was disturbed."""
+    blocks = row.blocks or ()
+    why = Counter(str(block["disturbed"]) for block in blocks if block.get("disturbed"))
+    if not why:
+        return ""
+    out = left_out(row)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in why.most_common())
+    if out:
+        return f"{out} of {len(blocks)} blocks left out ({reasons})"
+    return f"{sum(why.values())} of {len(blocks)} blocks disturbed and yet used ({reasons})"
+
+
+def excluded_samples(row: Row) -> set[int]:
+    """Positions of samples that lie in blocks left out."""
+    blocks = [block for block in row.blocks or () if block.get("left_out")]
+    return {i for block in blocks for i in range(block["start"], block["start"] + block["count"])}
+
+
+def percentiles_text(row: Row) -> str:
+    """``p50 3.1 ms · p90 3.4 ms · p99 5.2 ms``; empty where there are no steps."""
+    found: dict[str, float] = dict(row.percentiles or {})
+    if not found and row.steps and any(row.steps):
+        found = {f"p{percent}": ns / _NS for percent, ns in step_percentiles(row.steps).items()}
+    known = {name: s for name, s in found.items() if isinstance(s, (int, float))}
+    return " · ".join(f"{name} {number(1e3 * seconds)} ms" for name, seconds in known.items())
 
 
 def revision(row: Row) -> str | None:
     """The commit that was measured, short, where the row says so."""
     for name in ("commit", "revision"):
-        found = field(row, name)
+        found = row.extra.get(name)
         if isinstance(found, str) and found:
             return found[:12]
     return None
@@ -57,9 +101,5 @@ def revision(row: Row) -> str | None:
 
 def device_bytes(row: Row) -> int | None:
     """Peak memory of the device, where the row tells it apart from the host's."""
-    found = field(row, "device_peak_bytes")
+    found: Any = row.extra.get("device_peak_bytes")
     return found if isinstance(found, int) else None
-
-
-def _blocks(n: int) -> str:
-    return "1 block" if n == 1 else f"{n} blocks"

@@ -21,10 +21,9 @@ def headline(cells: Sequence[Cell]) -> list[str]:
         lines.append(
             f"{_count(len(measured), 'cell')} measured: {', '.join(f'{n} {v}' for v, n in found.most_common())}"
         )
-    for kind in ("recorded", "published", "predicted"):
-        n = sum(cell.first.kind == kind for cell in cells)
-        if n:
-            lines.append(f"{_count(n, 'line')} {kind}, kept apart from what was measured")
+    others = Counter(cell.first.kind for cell in cells if cell.first.kind != "measured")
+    if others:
+        lines.append(f"kept apart from what was measured: {', '.join(f'{n} {kind}' for kind, n in others.items())}")
     lines += _failures(measured)
     return lines + _fastest(measured)
 

@@ -203,8 +203,8 @@ def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
     first = by_metric.get("time_to_first_token")
     return (
         *judged,
-        _speed(by_metric.get("prefill")) or ended * verdict,
-        _speed(by_metric.get("decode")) or ended * verdict,
+        speed(by_metric.get("prefill")) or ended * verdict,
+        speed(by_metric.get("decode")) or ended * verdict,
         "" if first is None or first.value is None else _seconds(first.value),
         "" if peak is None else _bytes(peak),
     )
@@ -230,7 +230,7 @@ def small(value: float) -> str:
     return f"{digits}e{int(exponent)}"
 
 
-def _speed(row: Row | None) -> str:
+def speed(row: Row | None) -> str:
     """``1234 ±2%``: the interval's wider half; a value without interval stands alone."""
     if row is None or row.value is None:
         return "" if row is None else str(row.verdict)
@@ -242,9 +242,11 @@ def _speed(row: Row | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, whole numbers whole."""
+    """Three significant digits, whole numbers whole up to 10,000 and of four digits beyond."""
     if value is None:
         return ""
+    if value >= 1e4:
+        return f"{float(f'{value:.4g}'):.0f}"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

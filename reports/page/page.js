@@ -16,7 +16,8 @@
     if (text !== undefined) node.textContent = text;
     return node;
   };
-  const digits = (x) => x >= 100 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x >= 0.1 ? x.toFixed(2) : x.toPrecision(2);
+  const digits = (x) => x >= 1e4 ? String(Number(x.toPrecision(4))) : x >= 100 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x >= 0.1 ? x.toFixed(2) : x.toPrecision(2);
+  const big = (x, unit) => x >= 1e12 ? `${digits(x / 1e12)} T${unit}` : `${digits(x / 1e9)} G${unit}`;
   const power = (x) => {
     const e = Math.round(Math.log10(x));
     return e >= 0 && e < 5 ? String(10 ** e) : e < 0 && e > -3 ? (10 ** e).toFixed(-e) : "1e" + e;
@@ -24,6 +25,12 @@
   const colours = new Map(cells.map((c) => [c.backend, c.colour]));
   const colour = (backend) => `var(--s${colours.get(backend)})`;
   const label = (c) => `${c.backend} ${c.scheme}`;
+  // What tells a cell from the others of its list, as short as that goes.
+  const named = (c, list) => {
+    const several = (key) => new Set(list.map((d) => d[key]).filter((v) => v !== null && v !== "")).size > 1;
+    return [label(c), several("hardware") && c.hardware, several("model") && c.model, several("workload") && c.workload,
+      several("threads") && c.threads && `${c.threads} thread${c.threads === 1 ? "" : "s"}`].filter(Boolean).join(" · ");
+  };
   const rows = [...document.querySelectorAll("tr.cell")];
   const cellOf = new Map(rows.filter((r) => r.dataset.i).map((r) => [Number(r.dataset.i), r]));
 
@@ -149,31 +156,34 @@
     const caption = make("figcaption");
     caption.append(make("b", {}, `${t.metric} ${digits(t.v * scale)} ${unit}`), ` · ${interval}`);
     const notes = [`${t.n} sample${t.n === 1 ? "" : "s"}${t.n > t.samples.length ? `, ${t.samples.length} drawn` : ""}`,
-      t.stopped, t.out, t.steps && `steps: ${t.steps}`].filter(Boolean);
+      t.stopped, t.blocks, t.steps && `steps: ${t.steps}`, t.roofline && `roofline: ${t.roofline}`].filter(Boolean);
     caption.append(make("br"), notes.join(" · "));
     figure.append(caption);
-    if (t.samples.length > 1) figure.append(run(t.samples.map((s) => s * scale), t.lo * scale, t.hi * scale, t.v * scale, unit, c, t.lo !== null));
+    if (t.samples.length > 1) figure.append(run(t, scale, unit, c));
     return figure;
   }
   // Samples in the order in which they were taken, median and interval behind them.
-  function run(samples, lo, hi, mid, unit, c, interval) {
+  function run(t, scale, unit, c) {
+    const samples = t.samples.map((s) => s * scale), out = new Set(t.out);
+    const [lo, hi, mid] = [t.lo * scale, t.hi * scale, t.v * scale];
     const width = 300, height = 84, left = 44, right = 6, top = 8, bottom = 16;
     const least = Math.min(...samples), most = Math.max(...samples), room = (most - least || most || 1) * 0.08;
     const y = (v) => top + (height - top - bottom) * (1 - (v - least + room) / (most - least + 2 * room));
     const x = (i) => left + (width - left - right) * (samples.length === 1 ? 0.5 : i / (samples.length - 1));
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img",
       "aria-label": `${samples.length} raw samples from ${digits(least)} to ${digits(most)} ${unit}` });
-    if (interval) svg.append(draw("rect", { class: "band", x: left, width: width - left - right, y: y(hi), height: Math.max(1, y(lo) - y(hi)) }));
+    if (t.lo !== null) svg.append(draw("rect", { class: "band", x: left, width: width - left - right, y: y(hi), height: Math.max(1, y(lo) - y(hi)) }));
     svg.append(draw("line", { class: "mid", x1: left, x2: width - right, y1: y(mid), y2: y(mid) }));
     for (const v of least === most ? [most] : [least, most]) {
       svg.append(draw("text", { x: left - 5, y: y(v) + 4, "text-anchor": "end" }, digits(v)));
     }
     samples.forEach((s, i) => {
       const dot = draw("circle", { cx: x(i), cy: y(s), r: samples.length > 60 ? 1.6 : 2.6, fill: colour(c.backend) });
-      dot.append(draw("title", {}, `sample ${i + 1}: ${digits(s)} ${unit}`));
+      if (out.has(i)) dot.setAttribute("class", "out");
+      dot.append(draw("title", {}, `sample ${i + 1}: ${digits(s)} ${unit}${out.has(i) ? ", left out: disturbed" : ""}`));
       svg.append(dot);
     });
-    svg.append(draw("text", { x: left, y: height - 3 }, "in the order taken"));
+    svg.append(draw("text", { x: left, y: height - 3 }, out.size ? "in the order taken; hollow: left out" : "in the order taken"));
     return svg;
   }
   function reveal(c) {
@@ -205,7 +215,8 @@
     const list = measured().filter((c) => c[metric]);
     box.replaceChildren();
     if (!list.length) return box.append(make("p", { class: "soft" }, `no cell shown here has a ${metric} speed`));
-    for (const [what, alike] of by(list, (c) => `${c.model} · prompt → decode ${c.workload}`)) {
+    const apart = grouping === "hardware" ? "" : " · ";
+    for (const [what, alike] of by(list, (c) => `${apart && c.hardware + apart}${c.model} · prompt → decode ${c.workload}`)) {
       const top = Math.max(...alike.map((c) => c[metric].hi ?? c[metric].v));
       const kept = [...alike].sort((a, b) => b[metric].v - a[metric].v).slice(0, MOST_BARS);
       const rest = alike.length - kept.length;
@@ -213,17 +224,15 @@
       const rank = (own) => grouping === "cls" ? CLASSES.indexOf(own[0].cls) >>> 0 : -own[0][metric].v;
       for (const [group, own] of [...by(kept, (c) => c[grouping] || "other")].sort((a, b) => rank(a[1]) - rank(b[1]))) {
         box.append(make("h3", {}, group));
-        for (const c of own) box.append(bar(c, metric, top));
+        for (const c of own) box.append(bar(c, metric, top, alike));
       }
     }
     box.append(legend(list));
   }
-  function bar(c, metric, top) {
+  function bar(c, metric, top, list) {
     const { v, lo, hi } = c[metric];
-    const several = (key) => new Set(cells.map((d) => d[key])).size > 1;
     const line = make("button", { type: "button", class: "hbar", style: `--c:${colour(c.backend)}` });
-    const name = [label(c), several("hardware") && c.hardware, several("threads") && c.threads && `${c.threads} threads`];
-    line.append(make("span", { class: "name" }, name.filter(Boolean).join(" · ")));
+    line.append(make("span", { class: "name" }, named(c, list)));
     const track = make("span", { class: "bar" });
     track.append(make("i", { style: `width:${100 * v / top}%` }));
     if (lo !== null) track.append(make("b", { style: `left:${100 * lo / top}%;width:${100 * (hi - lo) / top}%` }));
@@ -271,11 +280,11 @@
     const points = measured().flatMap((c) => c.points.map((p) => ({ c, ...p })));
     const without = measured().filter((c) => (c.prefill || c.decode) && !c.points.length).length;
     box.replaceChildren();
-    if (!points.length) return box.append(make("p", { class: "soft" }, "no cell shown here says the bytes and parameters that it reads"));
+    if (!points.length) return box.append(make("p", { class: "soft" }, "no cell shown here says the bytes of weights that it reads"));
     const roofs = points.filter((p) => p.roof);
     const f = frame(box, points.map((p) => p.x), [...points.map((p) => p.y), ...roofs.map((p) => p.roof)].map((v) => v / 1e9),
       "operations per byte of weights", "Gop/s");
-    let line = 0;
+    const said = [];
     for (const [hardware, own] of by(roofs, (p) => p.c.hardware)) {
       const slopes = own.filter((p) => p.metric === "decode").map((p) => p.roof / p.x);
       const flats = own.filter((p) => p.metric === "prefill").map((p) => p.roof);
@@ -286,17 +295,17 @@
         if (v >= 10 ** f.y0 && v <= 10 ** f.y1) path.push(`${f.x(10 ** e)} ${f.y(v)}`);
       }
       if (path.length) f.svg.append(draw("path", { class: "roof", d: "M" + path.join("L") }));
-      const said = [slope && `${digits(slope / 1e9)} GB/s`, flat < Infinity && `${digits(flat / 1e9)} Gop/s`].filter(Boolean).join(", ");
-      f.svg.append(draw("text", { x: f.width - 16, y: 40 + 14 * line, "text-anchor": "end" }, `${hardware}: ${said}`));
-      line += 1;
+      said.push(`${hardware}: ${[slope && big(slope, "B/s"), flat < Infinity && big(flat, "op/s")].filter(Boolean).join(" and ")}`);
+      const end = Math.min(slope === null ? Infinity : slope * 10 ** f.x1, flat) / 1e9;
+      f.svg.append(draw("text", { x: f.width - 16, y: Math.max(36, f.y(Math.min(end, 10 ** f.y1)) - 5), "text-anchor": "end" }, hardware));
     }
     for (const p of points) {
       const share = p.fraction ? `, ${(100 * p.fraction).toFixed(0)} % of the roofline` : ", no roofline";
       mark(f, p.c, p.x, p.y / 1e9, p.metric === "prefill", `${label(p.c)} ${p.metric}: ${digits(p.y / 1e9)} Gop/s${share}`);
     }
-    const notes = ["circles decode, squares prefill"];
-    if (!roofs.length) notes.push("no roof is drawn: no cell has a roofline fraction (weights in the cache, or not probed)");
-    if (without) notes.push(`${without} cells are not drawn: bytes or parameters unknown`);
+    const notes = ["circles decode, squares prefill", ...said];
+    if (!roofs.length) notes.push("no roof is drawn: no cell here has one (weights in the cache, or nothing probed; its details say why)");
+    if (without) notes.push(`${without} cells are not drawn: the bytes of weights that they read are unknown`);
     box.append(make("p", { class: "soft" }, notes.join("; ")), legend(points.map((p) => p.c)));
   }
   const LEAST_KL = 1e-9;
@@ -324,13 +333,13 @@
     box.replaceChildren();
     if (!list.length) return box.append(make("p", { class: "soft" }, "no cell shown here was measured in two runs"));
     const grid = make("div", { class: "multi" });
-    for (const c of list.slice(0, MOST_HISTORIES)) grid.append(past(c, c.history[metric]));
+    for (const c of list.slice(0, MOST_HISTORIES)) grid.append(past(c, c.history[metric], list));
     box.append(grid);
     if (list.length > MOST_HISTORIES) box.append(make("p", { class: "soft" }, `${list.length - MOST_HISTORIES} more: filter to see them`));
   }
-  function past(c, points) {
+  function past(c, points, list) {
     const card = make("div");
-    card.append(make("b", {}, label(c)), ` ${c.hardware}, ${c.model}, ${c.workload}`);
+    card.append(make("b", {}, named(c, list)));
     const width = 250, height = 96, left = 40, right = 8, top = 8, bottom = 18;
     const most = Math.max(...points.map((p) => p.hi ?? p.v)) * 1.05;
     const x = (i) => left + (width - left - right) * (i + 0.5) / points.length;
