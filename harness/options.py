@@ -55,8 +55,8 @@ class Parser(argparse.ArgumentParser):
 
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
-LATER_COMMANDS: tuple[str, ...] = ("ab", "gpu-check",)
-LATER_OPTIONS = ("--resume",)
+LATER_COMMANDS: tuple[str, ...] = ("gpu-check",)
+LATER_OPTIONS: tuple[str, ...] = ()
 
 #: Commands with a file of their own: HELP, EXAMPLES, ``options(parser)`` and ``run``.
 COMMAND_FILES = {
@@ -68,6 +68,7 @@ COMMAND_FILES = {
     "localize": "harness.command_localize",
     "headroom": "harness.command_headroom",
     "compare": "reports.command_compare",
+    "ab": "reports.command_ab",
     "report": "reports.command_report",
     "recommend": "reports.command_recommend",
 }
@@ -76,7 +77,7 @@ COMMAND_FILES = {
 _GIVES_ROWS = ("import", "quality")
 
 #: Of those, the commands that run cells, chosen with the options of ``run``.
-_RUNS_CELLS = ("quality",)
+_RUNS_CELLS = ("quality", "ab")
 
 #: Commands that give one document of their own, in the formats they know (``run`` returns an Outcome), and those that
 #: open one backend for it.
@@ -87,6 +88,7 @@ _GIVES_DOCUMENT = {
     "report": (*FORMATS, "html", "png"),
     "recommend": ("table", "md", "json"),
     "compare": _VERDICT,
+    "ab": _VERDICT,
 }
 _OPENS_ONE = ("localize",)
 
@@ -166,7 +168,23 @@ def _run(parser: Parser) -> None:
     group.add_argument(
         "--repeats", type=_whole(1, MOST_REPEATS), metavar="N", help="timed runs (default 7; an interval needs 6)"
     )
+    group.add_argument(
+        "--precision", type=_percent, metavar="P", help="measure until the median is known to +-P, such as 2%%"
+    )
+    group.add_argument(
+        "--time-budget",
+        type=_real(0, 1e7),
+        metavar="S",
+        help="seconds of measuring for one cell, half for prefill and half for decode (default 40)",
+    )
+    group.add_argument("--fresh", action="store_true", help="a new process for each block of samples")
+    group.add_argument("--resume", action="store_true", help="take over the cells that a broken run has finished")
     group.add_argument("--quick", action="store_true", help="prompt 64, decode 16, 3 repeats: a first look")
+    group.add_argument(
+        "--batch", type=_whole(1, 4096), default=1, metavar="N", help="sequences side by side (default 1)"
+    )
+    text = "every cell at several points: prompt=64..2048, threads=1..4, batch=1,3,8"
+    group.add_argument("--sweep", type=_sweep, metavar="AXIS=RANGE", help=text)
     _output(parser)
 
 
@@ -297,6 +315,15 @@ def _cpus(text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--cpus ")) from None
 
 
+def _sweep(text: str) -> Any:
+    from harness.sweep import BadSweep, parse
+
+    try:
+        return parse(text)
+    except BadSweep as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _one_of(what: str, known: tuple[str, ...]) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in known:
@@ -315,6 +342,14 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
         return int(text)
 
     return check
+
+
+def _percent(text: str) -> float:
+    """``2%`` -> 0.02; a number without the sign could be meant either way."""
+    found = _real(0.01, 99)(text[:-1]) if text.endswith("%") else None
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no percentage; write it such as 2%")
+    return found / 100
 
 
 def _real(least: float, most: float) -> Callable[[str], float]:
