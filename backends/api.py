@@ -139,6 +139,18 @@ class Generating(Protocol):
 
 
 @runtime_checkable
+class Batched(Protocol):
+    """Runs several sequences in one call, so that weights are read once for all of them."""
+
+    def forward_batch(self, tokens: Sequence[Sequence[int]], states: Any | None) -> tuple[np.ndarray, Any]:
+        """Run ``B`` sequences of equal length; ``None`` starts all of them afresh.
+
+        Returns float32 ``(B, n_vocab)``, the last position's logits of each, and new states. The states are opaque,
+        of the whole batch, and those passed in are left as they were; the next call has as many sequences.
+        """
+
+
+@runtime_checkable
 class Declaring(Protocol):
     """Knows better than ``INFO`` how it computes, since it runs code that the backend did not bring."""
 

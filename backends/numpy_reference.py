@@ -56,6 +56,12 @@ class NumpySession:
     def logits(self, tokens: Sequence[int], state: State | None) -> np.ndarray:
         return forward(self._weights, tokens, state, all_logits=True)[0]
 
+    def forward_batch(self, tokens: Sequence[Sequence[int]], states: Any | None) -> tuple[np.ndarray, Any]:
+        """One sequence after the other: what a batch must give, not how fast it can be."""
+        pasts = [None] * len(tokens) if states is None else states
+        found = [forward(self._weights, row, past) for row, past in zip(tokens, pasts)]
+        return np.stack([logits for logits, _ in found]), [state for _, state in found]
+
     def trace(self, tokens: Sequence[int], state: State | None, tap: Tap) -> tuple[np.ndarray, State]:
         return forward(self._weights, tokens, state, tap=tap)
 

@@ -76,10 +76,10 @@ class Model:
         self.dtype = dtype
         self.device = device
         place = Placing(weights, device)
-        self._emb = place.tensor("emb.weight")
-        self._ln0 = place.norm("blocks.0.ln0")
-        self._layers = [place.layer(f"blocks.{i}.") for i in range(self.config.n_layer)]
-        self._ln_out = place.norm("ln_out")
+        self.embedding = place.tensor("emb.weight")
+        self.ln0 = place.norm("blocks.0.ln0")
+        self.layers = [place.layer(f"blocks.{i}.") for i in range(self.config.n_layer)]
+        self.ln_out = place.norm("ln_out")
         self.head = place.linear("head.weight")
 
     def initial_state(self) -> State:
@@ -88,12 +88,12 @@ class Model:
 
     def hidden(self, ids: Tensor, state: State, tap: Tap) -> tuple[Tensor, State]:
         """Token ids ``(T,)`` -> what the head takes, ``(T, C)``, and the new state."""
-        x = F.embedding(ids, self._emb)
+        x = F.embedding(ids, self.embedding)
         tap("", "emb", x)
-        x = self._ln0(x)
+        x = self.ln0(x)
         tap("blocks.0.", "ln0", x)
         new = []
-        for layer, past in zip(self._layers, state, strict=True):
+        for layer, past in zip(self.layers, state, strict=True):
             h = layer.ln1(x)
             tap(layer.prefix, "ln1", h)
             out, sums, pp = time_mix(h, layer, past, tap)
@@ -104,7 +104,7 @@ class Model:
             x = x + channel_mix(g, layer, past.ffn_x, tap)
             tap(layer.prefix, "ffn.residual", x)
             new.append(LayerState(last(h), last(g), sums, pp))
-        x = self._ln_out(x)
+        x = self.ln_out(x)
         tap("", "ln_out", x)
         return x, tuple(new)
 

@@ -11,6 +11,7 @@ import torch
 from backends.api import State, Tap, Unsupported
 from backends.shared.torch_devices import give_back, loading
 from backends.torch_eager.adjusted import AdjustedModel
+from backends.torch_eager.batch import hidden_batch, initial_states
 from backends.torch_eager.model import LayerState, Model, no_tap
 from reference.forward import AA, ATT_X, BB, FFN_X, PP, STATE_ROWS, check_tokens
 from reference.weights import Weights
@@ -68,6 +69,16 @@ class TorchSession:
                 ids = self._model.head(x).argmax(dim=-1)
                 chosen.append(ids)
             return torch.cat(chosen).cpu().numpy(), state
+
+    def forward_batch(self, tokens: Sequence[Sequence[int]], states: Any | None) -> tuple[np.ndarray, Any]:
+        model = self._model
+        if not isinstance(model, Model):
+            raise Unsupported("torch runs changed arithmetic one sequence at a time")
+        with torch.inference_mode():
+            self._settle()
+            ids = torch.stack([self._ids(row) for row in tokens])
+            x, new = hidden_batch(model, ids, initial_states(model, len(ids)) if states is None else states)
+            return _to_numpy(model.head(x)), new
 
     def export_state(self, state: State) -> np.ndarray:
         out = np.empty((len(state), len(STATE_ROWS), self._model.config.n_embd), dtype=np.float32)

@@ -18,6 +18,7 @@ _NEEDED: Mapping[str, Sequence[str]] = {
     "trace": ("state",),
     "import_state": ("state",),
     "greedy": ("state",),
+    "forward_batch": ("state",),
     "first_call": ("samples",),
     "prefill": ("samples",),
     "decode": ("samples",),
@@ -26,7 +27,7 @@ _NEEDED: Mapping[str, Sequence[str]] = {
 }
 
 #: Requests that are answered with an array, or with the type of what the backend gave instead.
-_WITH_ARRAY = ("forward", "logits", "trace", "export_state", "greedy")
+_WITH_ARRAY = ("forward", "forward_batch", "logits", "trace", "export_state", "greedy")
 
 _OF_ERRORS = ("kind", "name", "text", "how", "traceback")
 

@@ -189,11 +189,19 @@ class _Generating(RemoteSession):
         return _array(answer, arrays), self._line.handle(answer["state"])
 
 
+class _Batched(RemoteSession):
+    def forward_batch(self, tokens: Sequence[Sequence[int]], states: State | None) -> tuple[np.ndarray, State]:
+        rows = [_ids(row) for row in tokens]
+        answer, arrays = self._line.ask("forward_batch", tokens=rows, state=self._line.number(states))
+        return _array(answer, arrays), self._line.handle(answer["state"])
+
+
 _MIXINS: dict[str, type[RemoteSession]] = {
     "scoring": _Scoring,
     "trace": _Traceable,
     "state": _StateAccess,
     "greedy": _Generating,
+    "batch": _Batched,
 }
 
 

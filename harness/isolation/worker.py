@@ -28,7 +28,18 @@ import numpy as np
 import backends
 import harness
 import reference
-from backends.api import Closing, Declaring, Generating, Scoring, StateAccess, Traceable, Unavailable, Unsupported
+from backends.api import (
+    Batched,
+    Closing,
+    Declaring,
+    Generating,
+    Scoring,
+    StateAccess,
+    Traceable,
+    Unavailable,
+    Unsupported,
+)
+from harness.batch import batched
 from harness.isolation import lifeline
 from harness.isolation.frames import Channel, ChannelClosed, sendable
 from harness.isolation.placement import parse, pin
@@ -53,6 +64,7 @@ CAPABILITIES: dict[str, Any] = {
     "trace": Traceable,
     "state": StateAccess,
     "greedy": Generating,
+    "batch": Batched,
 }
 
 
@@ -170,6 +182,15 @@ class Worker:
     def do_trace(self, tokens: Sequence[int], state: int | None) -> Answer:
         logits, after = self._session.trace(tokens, self._state(state), self._tap)
         return self._answer(logits, self._keep(after))
+
+    def do_forward_batch(self, tokens: Sequence[Sequence[int]], state: int | None) -> Answer:
+        logits, after = self._session.forward_batch(tokens, self._state(state))
+        return self._answer(logits, self._keep(after))
+
+    def do_batch(self, name: str, size: int, n_vocab: int) -> Answer:
+        """From now on every call runs that many sequences side by side (:mod:`harness.batch`)."""
+        self._session = batched(name, self._session, size, n_vocab)
+        return {}, ()
 
     def do_export_state(self, state: int | None) -> Answer:
         return self._answer(self._session.export_state(self._state(state)))
