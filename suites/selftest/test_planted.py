@@ -182,6 +182,8 @@ def test_what_was_run_is_kept_and_not_repeated(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == first
     assert file.read_text().startswith(lines)
     assert len(kept.read(file)) == 2
+    assert main([*argv, "--clean", "30", "--as-is"]) == 0
+    assert capsys.readouterr().out == first
 
 
 def test_what_is_kept_reads_back_as_it_was() -> None:

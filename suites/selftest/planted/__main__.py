@@ -48,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     n_clean = options.clean if options.clean is not None else CLEAN if options.full else CLEAN_SAMPLE
     if not options.full and not options.only:
         planned = _sample(planned, SAMPLE)
+    runs = clean_runs(n_clean, options.seed)
+    if options.as_is:
+        planned, runs = kept.known(options.keep, planned, options.shows), kept.known(options.keep, runs)
     began = time.perf_counter()
     one = _attempt_all if options.shows == "all" else _attempt_traced
     done = list(kept.outcomes(options.keep, planned, options.shows, partial(_each, one, jobs=options.jobs)))
     _say(*faults_text(done))
-    runs = clean_runs(n_clean, options.seed)
     said = kept.alarms(options.keep, runs, partial(_each, _clean, jobs=options.jobs))
     alarms = [(run, what) for run, what in zip(runs, said, strict=True) if what]
     _say(*clean_text(runs, alarms))
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=sorted(FAULTS), metavar="FAULT", help="one fault, by name")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="results as they come; what it has is not repeated")
+    parser.add_argument("--as-is", action="store_true", help="figures of what --keep has; nothing more is run")
     return parser
 
 

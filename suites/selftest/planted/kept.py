@@ -65,6 +65,12 @@ def alarms(path: Path | None, planned: Sequence[Clean], run: Run[Clean, str]) ->
         yield said
 
 
+def known(path: Path | None, planned: Sequence[_In], *more: str) -> list[_In]:
+    """Those of the runs that the file has; ``more``: what else is in their key."""
+    found = read(path)
+    return [one for one in planned if _key(one, *more) in found]
+
+
 def outcome(trial: Trial, found: dict[str, Any]) -> Outcome:
     """What was kept, as it was."""
     places = {how: None if at is None else (at[0], at[1]) for how, at in found["found"].items()}
