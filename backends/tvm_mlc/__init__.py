@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
@@ -96,13 +97,27 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
 
     Raises Unavailable, Unsupported, or CheckpointError for a library of the user's that is of another model.
     """
+    return _opened(checkpoint, scheme, device, threads)
+
+
+def adjust(checkpoint: Weights, scheme: str, device: str, threads: int | None, change: Mapping[str, Any]) -> Session:
+    """The same compiled with ``rescale_every``; its kernels fuse operations, of which none can be kept in float32."""
+    other = sorted(set(change) - {"rescale_every"})
+    if other:
+        raise Unsupported(f"tvm cannot change {', '.join(other)}; it can change rescale_every")
+    if VARIABLE in os.environ:
+        raise Unsupported(f"the library that {VARIABLE} names is as it was compiled")
+    return _opened(checkpoint, scheme, device, threads, int(change.get("rescale_every", 0)))
+
+
+def _opened(checkpoint: Weights, scheme: str, device: str, threads: int | None, rescale_every: int = 0) -> Session:
     _check_asked(scheme, device)
     if threads is not None and threads < 1:
         raise Unsupported(f"TVM needs at least one CPU thread; {threads} were asked for")
     check()
     from backends.tvm_mlc import library, mlc_library, session
 
-    path = library.find(_place(checkpoint, scheme))
+    path = library.find(_place(checkpoint, scheme, rescale_every))
     tvm = library.runtime(threads)
     opened, folder, device = library.open_library(path, tvm.cpu()), path.parent / "params", tvm.cpu()
     if not opened.ours:
@@ -141,12 +156,12 @@ def _check_sizes(found: Config, checkpoint: Weights, path: Path) -> None:
         raise CheckpointError(f"{path}: is compiled for another model than {checkpoint.source}: {', '.join(other)}")
 
 
-def _place(checkpoint: Weights, scheme: str) -> Path:
+def _place(checkpoint: Weights, scheme: str, rescale_every: int) -> Path:
     if VARIABLE in os.environ:
         return Path(os.environ[VARIABLE])
     from backends.tvm_mlc.export import exported
 
-    return exported(checkpoint, scheme)
+    return exported(checkpoint, scheme, rescale_every)
 
 
 def _check_asked(scheme: str, device: str) -> None:

@@ -44,15 +44,15 @@ _BOOT = (
 )
 
 
-def exported(checkpoint: Weights, scheme: str) -> Path:
+def exported(checkpoint: Weights, scheme: str, rescale_every: int = 0) -> Path:
     """Folder of the library and ``params`` for this machine's CPU."""
-    name = f"tvm-{_library_name(scheme, 'llvm', 0)}"
-    return derived(checkpoint, name, lambda folder: _export(checkpoint, scheme, folder))
+    name = f"tvm-{_library_name(scheme, 'llvm', rescale_every)}"
+    return derived(checkpoint, name, lambda folder: _export(checkpoint, scheme, folder, rescale_every))
 
 
-def _export(checkpoint: Weights, scheme: str, folder: Path) -> None:
+def _export(checkpoint: Weights, scheme: str, folder: Path, rescale_every: int) -> None:
     folder.mkdir()
-    export(checkpoint, scheme, "llvm", folder)
+    export(checkpoint, scheme, "llvm", folder, rescale_every)
 
 
 def export(

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 from backends import tvm_mlc
-from backends.api import Traceable, Unavailable
+from backends.api import Traceable, Unavailable, Unsupported
 from harness.isolation import start
 from harness.localize import localize
 from harness.localize.bench import Bench
 from harness.localize.finding import CLEAN, NON_FINITE, TRACE
+from harness.parity import gate
+from harness.tolerance import derive
 from reference.checkpoint import save_checkpoint
 from reference.config import Config
+from reference.mixed import Mixed
 from reference.synthetic import synthetic
 from suites.nan import vm_instrument
 from suites.nan.instrument import counts
@@ -110,3 +113,20 @@ def test_what_a_fused_kernel_holds_is_no_fault() -> None:
     bench = Bench("tvm", SCHEME, threads=1)
     found = localize(bench, weights, SCHEME, bench.schemes[SCHEME], TOKENS)
     assert (found.verdict, found.fix) == (CLEAN, None)
+
+
+def test_a_stream_that_overflows_is_halved_by_another_library(python: Path) -> None:
+    """``adjust`` compiles with ``rescale_every``: the planted checkpoint is then judged right; fp32 is refused."""
+    planted, point = plant(WEIGHTS, TOKENS, "att.residual", 2)
+    change = {"rescale_every": 1}
+    mixed = Mixed(tvm_mlc.INFO.schemes[SCHEME], (), 1)
+    truth = derive(planted, SCHEME, mixed, TOKENS)
+    bench = Bench("tvm", SCHEME, threads=1)
+    assert bench.adjustable
+    with bench(planted) as session:
+        assert not gate(session, truth).passed
+    with bench.open(planted, change=change) as opened:
+        judged = gate(opened.session, truth)
+        assert judged.passed, f"{point}: {judged.first_bad}"
+    with pytest.raises(Unsupported, match="it can change rescale_every"), bench.open(planted, change={"fp32": [point]}):
+        pass
