@@ -169,13 +169,14 @@ class Work:
     def rows(self) -> list[Row]:
         """Everything measured: a row for each side, cell and metric."""
         found = []
-        for cell in self.cells:
+        for i, cell in enumerate(self.cells):
             for number, side in enumerate(self.sides):
+                judged = (self.parity[i].base, self.parity[i].head)[number] if i < len(self.parity) else None
                 for metric in METRICS if cell.pairs else ():
                     last = cell.pairs[-1][number]
                     row = replace(
                         self.row(cell.cell, metric), driver=last.drivers[metric], backend_version=last.version,
-                        verdict=None, reason=None, isolated=True,
+                        verdict=judged, isolated=True,
                     )  # fmt: skip
                     about = {"side": side.name, "revision": side.revision, "head_first": cell.head_first}
                     found.append(side_row(row, [pair[number].ns[metric] for pair in cell.pairs], about))

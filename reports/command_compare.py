@@ -157,8 +157,8 @@ def part(text: str) -> float:
 
 
 def _reports(text: str) -> int:
-    if not text.isdigit() or not 100 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of reports from 100 to 1000000")
+    if not text.isdigit() or not 300 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of reports from 300 to 1000000")
     return int(text)
 
 

@@ -77,6 +77,8 @@ def histories(rows: Sequence[Row], metrics: Sequence[str] = SPEEDS, alpha: float
 
 def changes(values: Sequence[float], alpha: float) -> list[Change]:
     """Change-points of a series at a family-wise ``alpha``. Values are positive; only their order decides."""
+    if len(values) < 2 * FEWEST:
+        return []
     logs = np.log(np.asarray(values, dtype=float))
     found: list[tuple[int, float]] = []
     waiting, tests = [(0, len(logs))], 0

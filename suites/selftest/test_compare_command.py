@@ -1,0 +1,219 @@
+"""``rwkv-bench compare``: answers on planted files, exit status, formats, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xmlschema
+
+from harness.rows import Row
+from harness.samples import Workload
+from harness.store import append
+from reports.verdict.blocks import read_rows
+from suites.selftest.conftest import Done
+
+Bench = Callable[..., Done]
+
+CELLS = (("numpy", "fp32"), ("torch", "fp16"), ("torch", "bf16"))
+SECONDS = {"prefill": 0.25, "decode": 0.06}
+XSD = Path(__file__).with_name("junit.xsd")
+
+
+def row(cell: tuple[str, str], run: int, metric: str, **more: Any) -> Row:
+    return Row(
+        kind="measured",
+        run=f"run{run}",
+        time=f"2026-01-02T03:{run:02d}:00+00:00",
+        hardware="cpu",
+        device="cpu",
+        model="tiny",
+        threads=1,
+        workload=Workload(256, 64),
+        backend=cell[0],
+        scheme=cell[1],
+        metric=metric,
+        **more,
+    )
+
+
+def file(
+    path: Path,
+    seed: int,
+    slower: Mapping[tuple[tuple[str, str], str], float] | None = None,
+    failing: Sequence[tuple[str, str]] = (),
+    cells: Sequence[tuple[str, str]] = CELLS,
+    runs: int = 14,
+    spread: float = 0.01,
+) -> str:
+    """A result file of as many runs, each a block; ``slower``: what part of its speed a cell has lost."""
+    rng = np.random.default_rng(seed)
+    for run in range(runs):
+        for cell in cells:
+            if cell in failing:
+                append(path, row(cell, run, "parity", verdict="FAIL", error=1.0, bound=0.1, reason="token 3 is off"))
+                continue
+            append(path, row(cell, run, "parity", verdict="PASS", error=0.05, bound=0.1))
+            for metric, seconds in SECONDS.items():
+                block = 1e9 * seconds * np.exp(rng.normal(0, spread)) / (1 - (slower or {}).get((cell, metric), 0.0))
+                samples = tuple(float(ns) for ns in block * np.exp(rng.normal(0, 0.003, 5)))
+                append(path, row(cell, run, metric, verdict="PASS", samples=samples, stopped="repeats reached"))
+    return str(path)
+
+
+def found(done: Done) -> dict[tuple[str, str, str], dict[str, Any]]:
+    return {(it["backend"], it["scheme"], it["metric"]): it for it in json.loads(done.out)["cells"]}
+
+
+def test_no_difference_is_no_alarm(bench: Bench, tmp_path: Path) -> None:
+    done = bench("compare", file(tmp_path / "a.jsonl", 1), file(tmp_path / "b.jsonl", 2))
+    assert done.code == 0
+    assert done.out.startswith("no regression: 6 of 6 no slower\n")
+    assert "stored files cannot be paired" in done.out
+
+
+def test_what_got_slower_is_named_first(bench: Bench, tmp_path: Path) -> None:
+    base = file(tmp_path / "a.jsonl", 1)
+    head = file(tmp_path / "b.jsonl", 2, {(CELLS[1], "decode"): 0.06, (CELLS[0], "prefill"): -0.06})
+    done = bench("compare", base, head, "--format", "json")
+    assert done.code == 1
+    assert done.err == ("rwkv-bench: REGRESSION: 1 of 6 slower than the margin of 1 % allows, 1 faster\n")
+    answers = found(done)
+    slow = answers["torch", "fp16", "decode"]
+    assert slow["decision"] == "SLOWER"
+    assert slow["ratio"] == pytest.approx(0.94, abs=0.012)
+    assert slow["interval"][0] < slow["ratio"] < slow["interval"][1] < 0.99
+    assert slow["base_value"] == pytest.approx(64 / 0.06, rel=0.02)
+    assert 0.01 < slow["detectable"] < 0.06
+    assert answers["numpy", "fp32", "prefill"]["decision"] == "FASTER"
+    assert {it["decision"] for it in answers.values()} == {"SLOWER", "FASTER", "NO SLOWER"}
+    allowed = bench("compare", base, head, "--margin", "10%", "--effect", "20%")
+    assert allowed.code == 0
+
+
+def test_too_few_runs_are_undecided_and_say_how_many(bench: Bench, tmp_path: Path) -> None:
+    files = [file(tmp_path / f"{seed}.jsonl", seed, runs=3) for seed in (1, 2)]
+    done = bench("compare", *files)
+    assert done.code == 0
+    assert done.out.startswith("UNDECIDED: up to ")
+    assert "more blocks of each side" in done.out
+    assert bench("compare", *files, "--strict").code == 1
+    more = found(bench("compare", *files, "--format", "json"))["numpy", "fp32", "decode"]
+    assert more["decision"] == "UNDECIDED"
+    assert more["needed"] > 3
+
+
+def test_a_cell_that_fails_parity_is_a_regression_and_has_no_speed(bench: Bench, tmp_path: Path) -> None:
+    base = file(tmp_path / "a.jsonl", 1)
+    head = file(tmp_path / "b.jsonl", 2, failing=[CELLS[2]])
+    done = bench("compare", base, head)
+    assert done.code == 1
+    assert "1 fails that ran right before" in done.out
+    assert "PASS → FAIL" in done.out
+    assert "token 3 is off" in done.out
+    told = json.loads(bench("compare", base, head, "--format", "json").out)
+    assert [it["regression"] for it in told["parity"]] == [False, False, True]
+    assert told["missing"] == []
+    mended = bench("compare", head, base)
+    assert mended.code == 0
+    both = bench("compare", head, file(tmp_path / "c.jsonl", 3, failing=[CELLS[2]]))
+    assert both.code == 0
+
+
+def test_missing_and_added_cells_are_named(bench: Bench, tmp_path: Path) -> None:
+    base = file(tmp_path / "a.jsonl", 1, cells=CELLS[:2])
+    head = file(tmp_path / "b.jsonl", 2, cells=CELLS[1:])
+    done = bench("compare", base, head)
+    assert done.code == 0
+    assert "2 missing" in done.out.splitlines()[0]
+    assert f"missing in {head}: numpy fp32 tiny cpu, 1 threads, 256+64 tokens: decode" in done.out
+    assert f"only in {head}: torch bf16" in done.out
+    assert bench("compare", base, head, "--strict").code == 1
+
+
+def test_markdown_has_the_conclusion_first(bench: Bench, tmp_path: Path) -> None:
+    base = file(tmp_path / "a.jsonl", 1)
+    head = file(tmp_path / "b.jsonl", 2, {(CELLS[1], "decode"): 0.06})
+    done = bench("compare", base, head, "--output", str(tmp_path / "verdict.md"))
+    lines = (tmp_path / "verdict.md").read_text().splitlines()
+    assert lines[0] == "❌ **REGRESSION: 1 of 6 slower than the margin of 1 % allows**"
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.count(" | ") for line in table} == {table[0].count(" | ")}
+    assert "❌ SLOWER" in table[2]
+    assert done.code == 1
+
+
+def test_junit_is_valid_and_counts(bench: Bench, tmp_path: Path) -> None:
+    base = file(tmp_path / "a.jsonl", 1)
+    head = file(tmp_path / "b.jsonl", 2, {(CELLS[1], "decode"): 0.06}, failing=[CELLS[0]], runs=5)
+    done = bench("compare", base, head, "--output", str(tmp_path / "verdict.xml"))
+    assert done.code == 1
+    xmlschema.XMLSchema(XSD).validate(tmp_path / "verdict.xml")
+    told: Any = xmlschema.XMLSchema(XSD).to_dict(tmp_path / "verdict.xml")
+    suite = told["testsuite"][0]
+    failed = [(case["@classname"], case["@name"]) for case in suite["testcase"] if "failure" in case]
+    assert suite["@failures"] == len(failed)
+    assert any("numpy.fp32" in of and name == "parity" for of, name in failed)
+    strict = bench("compare", base, head, "--format", "junit", "--strict")
+    assert strict.out.count("<failure") >= len(failed)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "two result files are needed"),
+        (("a.jsonl",), "two result files are needed"),
+        (("a.jsonl", "a.jsonl"), "are the same file"),
+        (("a.jsonl", "nowhere.jsonl"), "no such file"),
+        (("a.jsonl", "empty.jsonl"), "has no measured rows"),
+        (("a.jsonl", "b.jsonl", "--margin", "5%"), "is not below --effect"),
+        (("a.jsonl", "b.jsonl", "--margin", "lots"), "is not a part"),
+        (("a.jsonl", "b.jsonl", "--metric", "decod"), "did you mean 'decode'"),
+        (("a.jsonl", "--self-test"), "takes no files"),
+        (("--self-test", "--seconds", "0"), "--seconds is 0"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        file(tmp_path / name, 1, runs=1)
+    (tmp_path / "empty.jsonl").write_text("")
+    done = bench("compare", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert done.out == ""
+
+
+def test_blocks_of_a_row_count_and_disturbed_ones_do_not() -> None:
+    samples = tuple(float(i + 1) for i in range(9))
+    spans = [{"start": 0, "count": 3}, {"start": 3, "count": 3, "disturbed": True}, {"start": 6, "count": 3}]
+    own = row(CELLS[0], 1, "decode", samples=samples, verdict="PASS")
+    told = read_rows([Row.from_dict({**own.to_dict(), "blocks": spans})])
+    (series,) = told.series.values()
+    np.testing.assert_allclose(np.exp(series.times), [2.0, 8.0])
+    assert series.left_out == 1
+    kept = [{**span, "left_out": False} for span in spans]
+    (series,) = read_rows([Row.from_dict({**own.to_dict(), "blocks": kept})]).series.values()
+    np.testing.assert_allclose(np.exp(series.times), [2.0, 5.0, 8.0])
+
+
+def test_a_row_without_blocks_is_one_block_and_copies_count_once() -> None:
+    own = row(CELLS[0], 1, "decode", samples=(4.0, 1.0, 2.0), verdict="PASS")
+    other = row(CELLS[0], 2, "decode", samples=(8.0,), verdict="PASS")
+    told = read_rows([own, other, own])
+    (series,) = told.series.values()
+    np.testing.assert_allclose(np.exp(series.times), [2.0, 8.0])
+    assert told.doubled == 1
+
+
+def test_rows_that_were_not_measured_are_not_compared() -> None:
+    own = row(CELLS[0], 1, "decode", samples=(4.0,), verdict="PASS")
+    claimed = Row.from_dict({**own.to_dict(), "kind": "published", "verdict": None})
+    assert not read_rows([claimed]).series

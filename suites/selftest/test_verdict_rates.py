@@ -1,0 +1,116 @@
+"""Error rates of the verdict over reports made of recorded blocks, few enough to be quick; planted faults are seen."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from reports.verdict import dependence, error_rates, selftest
+from reports.verdict.decision import Rules
+from reports.verdict.error_rates import rates, upper_bound
+from reports.verdict.permutation import Arms
+from reports.verdict.resample import A_ROW, APART, PAIRS, Record, draw, recorded
+from reports.verdict.rivals import OURS, matched
+
+RULES = Rules()
+
+
+@pytest.fixture(scope="module")
+def record() -> Record:
+    return recorded()[0]
+
+
+def calm(blocks: int = 400, seed: int = 0) -> Record:
+    """Independent blocks of a quiet machine."""
+    logs = 15 + np.random.default_rng(seed).normal(0, 0.02, (blocks, 5))
+    return Record("calm", logs, "made for a test")
+
+
+def test_the_records_are_real_and_small() -> None:
+    for found in recorded():
+        assert found.logs.shape[0] >= 300
+        assert found.logs.shape[1] >= 3
+        assert (np.exp(found.logs) > 100).all()  # microseconds
+        assert dependence.autocorrelation(np.median(found.logs, axis=1)) > 0.1  # bursts and drift as recorded
+
+
+def test_scaling_keeps_the_shape(record: Record) -> None:
+    scaled = record.scaled(0.02)
+    assert scaled.spread == pytest.approx(0.02, rel=1e-3)
+    a, b = (np.median(it.logs, axis=1) for it in (record, scaled))
+    assert np.corrcoef(a, b)[0, 1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("how", [APART, A_ROW, PAIRS])
+def test_both_sides_are_drawn_from_the_record(record: Record, how: str) -> None:
+    base, head = draw(record, how, 3, 4, 6, np.random.default_rng(0))
+    assert base.shape == head.shape == (3, 4, 6, record.logs.shape[1])
+    known = {row.tobytes() for row in record.logs}
+    assert {row.tobytes() for side in (base, head) for row in side.reshape(-1, side.shape[-1])} <= known
+
+
+@pytest.mark.parametrize(("how", "spread"), [(APART, 0.02), (PAIRS, 0.02), (PAIRS, 0.05)])
+def test_few_false_alarms_and_the_slowdown_is_seen(record: Record, how: str, spread: float) -> None:
+    found = rates(record, how, spread, RULES, reports=200)
+    assert found.alarms <= 2
+    assert found.margin_alarms <= 6  # of 200 at half a percent
+    assert found.seen >= 0.93  # a few thousand draws; docs/verdicts.md has the figure
+    assert found.blocks is not None
+    assert found.blocks <= {0.02: 60, 0.05: 240}[spread]
+
+
+def test_blocks_in_a_row_are_declined_or_judged_right(record: Record) -> None:
+    found = rates(record, A_ROW, 0.02, RULES, reports=20)
+    assert found.alarms == 0
+
+
+def test_a_test_that_knows_no_blocks_would_be_caught(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: neighbours in a row taken for independent."""
+    monkeypatch.setattr(dependence, "alike", lambda arms: False)
+    found = rates(record, A_ROW, 0.05, RULES, reports=20)
+    assert found.alarms > 10
+    assert not selftest.kept([found])
+
+
+def test_a_test_of_samples_would_be_caught(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: every sample of a block counted as one."""
+
+    def samples(base: np.ndarray, head: np.ndarray, how: str) -> Arms:
+        stack = base.shape[:-2]
+        return Arms(base.reshape(*stack, -1), head.reshape(*stack, -1))
+
+    monkeypatch.setattr(error_rates, "arms", samples)
+    monkeypatch.setattr(error_rates, "ask", lambda *_: [12])
+    monkeypatch.setattr(dependence, "alike", lambda arms: False)
+    assert rates(record, APART, 0.05, RULES, reports=100).alarms > 10
+
+
+def test_upper_bound_is_clopper_and_pearson() -> None:
+    assert upper_bound(0, 2000) == pytest.approx(1 - 0.05 ** (1 / 2000))
+    assert upper_bound(3, 3) == 1.0
+    p = upper_bound(5, 50)
+    assert sum(math.comb(50, k) * p**k * (1 - p) ** (50 - k) for k in range(6)) == pytest.approx(0.05)
+
+
+def test_the_report_says_what_was_real(record: Record) -> None:
+    found = [rates(calm(), how, None, RULES, reports=250) for how in (APART, PAIRS)]
+    told = json.loads(selftest.formatted(calm(), found, RULES, "json", None, False))
+    assert told["kept"] is True
+    assert [it["how"] for it in told["rates"]] == [APART, PAIRS]
+    text = selftest.formatted(calm(), found, RULES, "md", None, False)
+    assert "real: made for a test" in text
+    assert "simulated: the slowdown of 5 %" in text
+    wild = Record("wild", 15 + np.random.default_rng(0).normal(0, 2, (200, 5)), "noise")
+    none = rates(wild, PAIRS, None, RULES, reports=100)
+    assert none.blocks is None
+    assert math.isnan(none.seen)
+    assert "too many" in selftest.formatted(wild, [none], RULES, "table", None, False)
+
+
+def test_other_rules_see_no_more_at_the_same_false_alarms(record: Record) -> None:
+    seen = matched(record, PAIRS, 0.02, 16, 0.05, 40, reports=200)
+    assert all(seen.power[OURS] >= power for power in seen.power.values())
+    assert seen.power[OURS] > 0.9
