@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from harness.rows import Row
+from reports.cell_history import Points
 from reports.cells import QUALITY, Cell, machine_of, scheme_class
 from reports.points import frontier_point, in_unit, roofline_points
 from reports.row_fields import blocks_text, excluded_samples, percentiles_text, revision, roofline_text
@@ -17,7 +19,7 @@ MOST_SAMPLES = 200
 _TIMES = ("prefill", "decode", "time_to_first_token", "first_call", "load")
 
 
-def record(cell: Cell, i: int, colour: int = 0) -> dict[str, Any]:
+def record(cell: Cell, i: int, colour: int, history: Mapping[str, Points]) -> dict[str, Any]:
     """One cell; numbers are what is sorted by and drawn, texts what is read."""
     row = cell.first
     return {
@@ -40,7 +42,7 @@ def record(cell: Cell, i: int, colour: int = 0) -> dict[str, Any]:
         "frontier": frontier_point(cell),
         "facts": facts(cell),
         "times": [_times(found) for metric in _TIMES if (found := _shown(cell, metric)) is not None],
-        "history": history(cell),
+        "history": history,
     }
 
 
@@ -105,19 +107,6 @@ def quality_text(cell: Cell, metric: str) -> str | None:
         text += f" ({low} to {high})"
     elsewhere = machine_of(row) != machine_of(cell.first) or row.hardware != cell.first.hardware
     return f"{text} {row.unit}" + (f", measured on {row.hardware}" if elsewhere else "")
-
-
-def history(cell: Cell) -> dict[str, list[dict[str, Any]]]:
-    """Prefill and decode of every run of the cell, oldest first; only where there are two runs or more."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for metric in ("prefill", "decode"):
-        runs = [Cell(cell.hardware, rows) for rows in (*cell.earlier, cell.rows)]
-        points = [(run, row) for run in runs if (row := run.speed(metric)) is not None]
-        if len(points) > 1:
-            found[metric] = [
-                {"t": row.time, "run": row.run, "rev": revision(row), **(_speed(row) or {})} for _, row in points
-            ]
-    return found
 
 
 def _shown(cell: Cell, metric: str) -> Row | None:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from reports.cell_history import histories
 from reports.cells import Cell, ordered
 from reports.page_data import record
 from reports.page_rows import KINDS, section
@@ -28,7 +29,8 @@ def page(cells: Sequence[Cell], title: str, said: Sequence[str], made: str) -> s
     """The page. ``said``: what reading the files noticed; ``made``: how and when the page was made."""
     cells = ordered(cells)
     backends = sorted({cell.first.backend for cell in cells})
-    records = [record(cell, i, backends.index(cell.first.backend) % 10) for i, cell in enumerate(cells)]
+    pasts = histories(cells)
+    records = [record(cell, i, backends.index(cell.first.backend) % 10, pasts[i]) for i, cell in enumerate(cells)]
     style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
@@ -107,7 +109,8 @@ def _controls(records: Sequence[dict[str, Any]]) -> str:
         options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
         hidden = " hidden" if len(values) < 2 else ""
         fields.append(
-            f'<label{hidden}>{title}<select name="{key}"><option value="">all</option>{options}</select></label>'
+            f'<label{hidden}>{title}<select name="{key}" aria-label="{title}"><option value="">all</option>'
+            f"{options}</select></label>"
         )
     order = (
         ("decode -1", "decode, fastest first"),
@@ -119,9 +122,10 @@ def _controls(records: Sequence[dict[str, Any]]) -> str:
     sort = "".join(f'<option value="{value}">{text}</option>' for value, text in order)
     return (
         '<form id="filters" class="controls needs-js" role="search" aria-label="filter the results">'
-        '<label>search<input name="text" type="search" placeholder="onnx int4" autocomplete="off"></label>'
+        '<label>search<input name="text" type="search" aria-label="search" placeholder="onnx int4" autocomplete="off">'
+        "</label>"
         f"{''.join(fields)}"
-        '<label class="sort-by">sort by<select id="sort"><option value="">model and speed</option>'
+        '<label class="sort-by">sort by<select id="sort" aria-label="sort by"><option value="">model and speed</option>'
         f"{sort}</select></label>"
         '<button type="reset">show all</button><output id="count" aria-live="polite"></output></form>'
     )

@@ -8,13 +8,17 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from reports.cell_history import histories
 from reports.cells import Cell, ordered, scheme_class
-from reports.page_data import history
 from reports.points import frontier_point, pareto, roofline_points
 from reports.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from reports.cell_history import Points
+
+    Pasts = Sequence[dict[str, Points]]
 
 #: What one picture holds legibly; more is counted in it.
 MOST_BARS, MOST_HISTORIES = 40, 12
@@ -57,8 +61,9 @@ def draw(cells: Sequence[Cell], title: str) -> bytes:
     _bars(figure.add_subplot(grid[0, 1]), own, "prefill", colours)
     _roofline(figure.add_subplot(grid[1, 0]), own, colours)
     _frontier(figure.add_subplot(grid[1, 1]), own, colours)
-    _history(figure.add_subplot(grid[2, 0]), own, "decode", colours)
-    _history(figure.add_subplot(grid[2, 1]), own, "prefill", colours)
+    pasts = histories(own)
+    _history(figure.add_subplot(grid[2, 0]), own, pasts, "decode", colours)
+    _history(figure.add_subplot(grid[2, 1]), own, pasts, "prefill", colours)
     _legend(figure, colours)
     out = io.BytesIO()
     figure.savefig(out, dpi=120, format="png")
@@ -195,10 +200,10 @@ def _frontier(axes: Axes, cells: Sequence[Cell], colours: dict[str, str]) -> Non
     _plain(axes, both=True)
 
 
-def _history(axes: Axes, cells: Sequence[Cell], metric: str, colours: dict[str, str]) -> None:
+def _history(axes: Axes, cells: Sequence[Cell], pasts: Pasts, metric: str, colours: dict[str, str]) -> None:
     """Each cell's speeds over its first one, run by run."""
-    known = [(cell, points) for cell in cells if (points := history(cell).get(metric))]
-    axes.set_title(f"history of {metric}: speed over that of the first run", fontsize=10)
+    known = [(cell, past[metric]) for cell, past in zip(cells, pasts, strict=True) if metric in past]
+    axes.set_title(f"history of {metric}: over the first run; black: the level changed", fontsize=10)
     if not known:
         _empty(axes, "no cell was measured in two runs")
         return
@@ -218,6 +223,8 @@ def _history(axes: Axes, cells: Sequence[Cell], metric: str, colours: dict[str, 
             linewidth=1,
         )
         for x, point in zip(xs, points, strict=True):
+            if "changed" in point:
+                axes.plot(x, point["v"] / base, "v", color="0.1", markersize=7)
             if point["lo"] is not None:
                 axes.vlines(x, point["lo"] / base, point["hi"] / base, color=colours[cell.first.backend], linewidth=0.8)
     axes.axhline(1, color="0.6", linewidth=0.8)

@@ -220,7 +220,7 @@
       const top = Math.max(...alike.map((c) => c[metric].hi ?? c[metric].v));
       const kept = [...alike].sort((a, b) => b[metric].v - a[metric].v).slice(0, MOST_BARS);
       const rest = alike.length - kept.length;
-      box.append(make("p", { class: "soft" }, what + (rest ? ` (the ${MOST_BARS} fastest; ${rest} more below: filter to see them)` : "")));
+      box.append(make("p", { class: "panel" }, what + (rest ? ` (the ${MOST_BARS} fastest; ${rest} more below: filter to see them)` : "")));
       const rank = (own) => grouping === "cls" ? CLASSES.indexOf(own[0].cls) >>> 0 : -own[0][metric].v;
       for (const [group, own] of [...by(kept, (c) => c[grouping] || "other")].sort((a, b) => rank(a[1]) - rank(b[1]))) {
         box.append(make("h3", {}, group));
@@ -355,7 +355,7 @@
       if (p.changed) svg.append(draw("line", { class: "mid", x1: (x(i) + x(i - 1)) / 2, x2: (x(i) + x(i - 1)) / 2, y1: top, y2: height - bottom }));
       if (p.lo !== null) svg.append(draw("line", { stroke: colour(c.backend), x1: x(i), x2: x(i), y1: y(p.lo), y2: y(p.hi) }));
       const dot = draw("circle", { cx: x(i), cy: y(p.v), r: 3, fill: colour(c.backend) });
-      dot.append(draw("title", {}, `${p.t ?? ""} ${p.rev ?? p.run ?? ""}: ${digits(p.v)} tok/s${p.changed ? "; the speed changed here" : ""}`));
+      dot.append(draw("title", {}, `${p.t ?? ""} ${p.rev ?? p.run ?? ""}: ${digits(p.v)} tok/s${p.changed ? `; the level changed here, to ${digits(100 * p.changed.ratio)} % of what it was (p ${p.changed.p.toPrecision(1)})` : ""}`));
       svg.append(dot);
     });
     const sameDay = (points[0].t ?? "").slice(0, 10) === (points[points.length - 1].t ?? "").slice(0, 10);
