@@ -78,11 +78,13 @@ def run(arguments: Namespace) -> int:
     from harness.asked import requested, sampling_of
     from harness.cell_rows import Job
     from harness.collect import store_path
+    from harness.length_rows import length_rows
     from harness.phone_runs import phones_of
     from harness.plan import plan
     from harness.recorded import every_recorded, measured_rows, recorded_rows
     from harness.run import new_run_id
     from harness.run import run as run_plan
+    from harness.sweep import swept
     from reports.output import check_output
     from reports.prediction import predicted_rows
     from reports.published import claims_of, published_rows
@@ -92,7 +94,7 @@ def run(arguments: Namespace) -> int:
     if phones:
         return _run_phones(phones, arguments)
     request, sampling = requested(arguments), sampling_of(arguments)
-    planned = plan(request)
+    planned = swept(plan(request), getattr(arguments, "sweep", None))
     if arguments.dry_run:
         return _dry_run(request, planned, sampling, arguments)
     store = store_path(arguments.store, make=bool(planned.cells or planned.refused))
@@ -103,7 +105,7 @@ def run(arguments: Namespace) -> int:
     for name in planned.absent:
         known += published_rows(name, request.schemes, measured_rows(store, name))
         known += predicted_rows(name, request.models, request.schemes, every_recorded(store))
-    known += claims_of(collector.rows)
+    known += [*claims_of(collector.rows), *length_rows(collector.rows)]
     try:
         _write_rows([*collector.rows, *known], arguments)
     except BrokenPipeError:
@@ -113,7 +115,8 @@ def run(arguments: Namespace) -> int:
             say(f"{_rows(len(collector.rows))} added to {store}")
     if stopped is not None:
         raise stopped
-    return _status(request, planned, collector, {row.hardware for row in known if row.kind != "predicted"})
+    others = {row.hardware for row in known if row.kind in ("recorded", "published")}
+    return _status(request, planned, collector, others)
 
 
 def _run_phones(phones: Sequence[Phone], arguments: Namespace) -> int:

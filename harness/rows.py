@@ -42,6 +42,7 @@ METRIC_UNITS: dict[str, str] = {
     "top1_agreement": "fraction",
     "top5_agreement": "fraction",
     "lambada_accuracy": "fraction",
+    "length_slope": "ns/token",
 }
 
 

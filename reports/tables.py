@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.rows import FIELDS, Row, cell
 from reports.claims import columns, notes
+from reports.sweep_table import SweepLines, sweep_lines
 
 #: Fields that are one line of raw data too many for a spreadsheet; the JSON formats have them.
 _NOT_IN_CSV = (
@@ -71,10 +72,22 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     printed = [row for row in rows if row.kind == "recorded" and not row.verdict]
     claimed = [row for row in rows if row.kind == "published"]
     foreseen = [row for row in rows if row.kind == "predicted"]
-    found = [speed_table(judged)] if judged else []
+    sweep = sweep_lines(judged, speed)
+    found = [speed_table(judged)] if judged and sweep is None else []
+    found += [] if sweep is None else [sweep_table(judged, sweep)]
     found += [claims_table(printed, "recorded figures, printed by other programs; parity unknown")] if printed else []
     found += [claims_table(claimed, "published figures, not measured here")] if claimed else []
     return found + ([claims_table(foreseen, "predicted from the roofline, measured nowhere")] if foreseen else [])
+
+
+def sweep_table(rows: Sequence[Row], sweep: SweepLines) -> Table:
+    """Speeds at each point; a cell that did not pass shows its verdict there."""
+    cells = group_cells(rows)
+    shared, _ = shared_by(cells)
+    if sweep.axis == "threads":
+        shared.pop("threads", None)
+    title = f"{title_of([row for row in rows if row.metric == 'load'], shared)} · sweep over {sweep.axis}"
+    return Table(title, sweep.header, sweep.lines, (*sweep.notes, *_notes(cells)), (*_LEFT, "tok/s"))
 
 
 def claims_table(rows: Sequence[Row], title: str) -> Table:

@@ -137,7 +137,7 @@ def test_in_a_process_of_its_own_it_is_the_same() -> None:
 
 def test_a_backend_without_it_says_so() -> None:
     with pytest.raises(Unsupported, match="x has no forward_batch: batch 1 only"):
-        batched("x", SimpleNamespace(forward=None), 2, VOCAB)  # type: ignore[arg-type]
+        batched("x", SimpleNamespace(forward=None), 2, VOCAB)
 
 
 @pytest.mark.parametrize("returned", [np.zeros((2, 5), np.float32), [1, 2, 3], np.zeros(3, np.float32)])
