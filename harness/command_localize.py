@@ -120,9 +120,9 @@ def _drifted(cell: Cell, model: Model, arguments: argparse.Namespace, say: Say, 
     tokens = _tokens(model, arguments) if given else None
 
     def look() -> Drift:
-        with bench(cell, model, arguments)(model.weights) as session:
-            what = (model.weights, cell.scheme, _arithmetic(cell), arguments.drift, say, tokens)
-            return drift(session, *what)
+        with bench(cell, model, arguments).open(model.weights) as opened:
+            what = (model.weights, cell.scheme, opened.arithmetic, arguments.drift, say, tokens)
+            return drift(opened.session, *what)
 
     found = _watched(cell, look)
     code = PASSED if found.passed else FAILED

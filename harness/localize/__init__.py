@@ -15,10 +15,10 @@ from dataclasses import replace
 import numpy as np
 
 from backends.api import Unavailable, Unsupported
-from harness.budget import hold
 from harness.localize import places
 from harness.localize.answer import operation_of
 from harness.localize.bad_weights import bad_weights
+from harness.localize.by_layers import layered
 from harness.localize.case import Case, Located
 from harness.localize.evidence import Opener
 from harness.localize.finding import CLEAN, LOGITS, NON_FINITE, STATE, TRACE, TRUNCATION, Finding, Fix, Seen
@@ -54,7 +54,7 @@ def localize(
     """The first wrong result of a backend over one prompt, its cause, and a fix.
 
     opener     opens the backend over the weights it is given; over ``weights`` first
-    scheme, arithmetic  as the backend declares them
+    scheme, arithmetic  as the backend declares them; a session that declares another arithmetic is judged by its own
     tokens     the prompt, from the initial state; bounds need at least 32 tokens
     method     ``trace``, ``state`` or ``truncation``; ``None``: the best that the backend allows
     fix        whether to look for one
@@ -65,14 +65,19 @@ def localize(
     """
     ids = check_tokens(tokens, weights.config.n_vocab)
     tell(f"the weights as {scheme} stores them")
-    stored = hold(apply(weights, scheme))
+    stored = apply(weights, scheme)
     bad = bad_weights(weights, stored, scheme)
     if bad is not None:
         return bad
     tell("deriving the bound")
-    truth = derive(weights, scheme, arithmetic, ids, cache_key)
-    case = Case(opener, weights, stored, scheme, arithmetic, ids, truth, tell)
+    truth = derive(weights, scheme, arithmetic, ids, cache_key)  # before the backend takes its memory
     with Held(opener, weights) as held:
+        tell("opening the backend")
+        own = held.arithmetic(arithmetic)
+        if own != arithmetic:
+            arithmetic, truth = own, derive(weights, scheme, own, ids, cache_key)
+        stored = layered(stored)
+        case = Case(opener, weights, stored, scheme, arithmetic, ids, truth, tell)
         tell("judging")
         judged = gate(held.session, truth)
         found = places.malformed(case, judged) or _place(case, held, judged, method)

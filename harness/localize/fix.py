@@ -84,14 +84,14 @@ def find_fix(
             if change.change and not (isinstance(opener, Bench) and opener.adjustable):
                 raise Unsupported("the backend's arithmetic cannot be changed from here")
             tell(f"trying {change.what}")
-            judged, spent = _tried(change, evidence, opener, tell)
+            judged, spent, truth = _tried(change, evidence, opener, tell)
         except _ENDS as error:
             notes.append(f"{change.what}: {error}")
             if seen is None and change.confirmed is not None and change.confirmed.finite:
                 seen = Fix(change.what, False)
             continue
         if judged.passed:
-            return Fix(change.what, True, spent, "; ".join(notes))
+            return Fix(change.what, True, spent, "; ".join([*notes, *_how_surely(truth)]))
         notes.append(f"{change.what}: {judged.first_bad}")
     return seen and replace(seen, note="only emulated; " + "; ".join(notes))
 
@@ -186,26 +186,35 @@ def _other_schemes(evidence: Evidence, bench: Bench, peaks: Mapping[str, Peak]) 
         yield Change(f"scheme {scheme} ({arithmetic})", arithmetic, scheme=scheme)
 
 
-def _tried(change: Change, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> tuple[Gate, float | None]:
-    """The gate on the changed backend, and, if it passes, decode speed over that without the change.
+def _tried(change: Change, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> tuple[Gate, float | None, Truth]:
+    """The gate on the changed backend, if it passes decode speed over that without the change, and what judged it.
 
     No speed where the backend cannot be timed here: no :class:`Bench`, no memory for both, or it breaks the timing.
     """
-    truth = _truth(change, evidence)
+    truth = _truth(change, evidence)  # before the backend takes its memory
     weights = change.weights or evidence.original
     if not isinstance(opener, Bench):
         with opener(weights) as session:
-            return gate(session, truth), None
+            return gate(session, truth), None, truth
     with opener.open(weights, change.scheme, change.change or None) as after:
+        if change.scheme and after.arithmetic != change.arithmetic:
+            truth = _truth(replace(change, arithmetic=after.arithmetic), evidence)
         judged = gate(after.session, truth)
         if not judged.passed or not _both_fit(change, evidence):
-            return judged, None
+            return judged, None, truth
         tell("measuring what it costs")
         try:
             with opener.open(evidence.original) as before:
-                return judged, cost(before, after, [int(token) for token in evidence.tokens])
+                return judged, cost(before, after, [int(token) for token in evidence.tokens]), truth
         except (*_ENDS, MeasureError):  # the fix is verified all the same
-            return judged, None
+            return judged, None, truth
+
+
+def _how_surely(truth: Truth) -> Iterator[str]:
+    """A note where the gate that the fix has passed lets much through."""
+    if truth.coarse:
+        bound = f"{K * truth.e_rms:.2f} of the logits' spread"
+        yield f"verified under a coarse bound, {bound}: only gross faults would have failed it"
 
 
 def _truth(change: Change, evidence: Evidence) -> Truth:

@@ -12,10 +12,12 @@ import numpy as np
 
 import harness
 import reference
-from backends.api import Session
+from backends.api import Declaring, Session
 from harness.isolation.child import ChildDied, ChildTimedOut
 from harness.isolation.remote import RemoteError
+from harness.localize.bench import Bench
 from harness.localize.evidence import Opener
+from reference.numerics import Arithmetic
 from reference.weights import Weights
 
 #: Where what calls a backend is: exceptions that pass no other file are our own.
@@ -36,13 +38,25 @@ class Held:
     def __init__(self, opener: Opener, weights: Weights) -> None:
         self._opener, self._weights = opener, weights
         self._open: tuple[ExitStack, Session] | None = None
+        self._told: Arithmetic | None = None
+
+    def arithmetic(self, declared: Arithmetic) -> Arithmetic:
+        """What the open session says of itself where it knows better than what its backend has ``declared``."""
+        session = self.session
+        if isinstance(self._opener, Bench):
+            return self._told or declared
+        return session.declared_arithmetic() if isinstance(session, Declaring) else declared
 
     @property
     def session(self) -> Session:
         """The open session. Raises what opening it raises."""
         if self._open is None:
             stack = ExitStack()
-            self._open = stack, stack.enter_context(self._opener(self._weights))
+            if isinstance(self._opener, Bench):
+                opened = stack.enter_context(self._opener.open(self._weights))
+                self._open, self._told = (stack, opened.session), opened.arithmetic
+            else:
+                self._open = stack, stack.enter_context(self._opener(self._weights))
         return self._open[1]
 
     def drop(self, error: Exception | None = None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from backends.api import Session, StateAccess, Traceable, Unavailable, Unsupported
 from harness.checks import call
-from harness.localize import calls, state, truncation, watched
+from harness.localize import calls, narrowed, state, truncation, watched
 from harness.localize.answer import Start, start
 from harness.localize.case import Case, Located, overflow
 from harness.localize.evidence import Evidence
@@ -17,7 +17,6 @@ from harness.localize.held import Held
 from harness.localize.trace import DRAWS, Past, Traced, trace
 from harness.parity import Gate
 from reference.forward import forward
-from reference.operations import LAST
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,16 @@ def _first_bad(seen: list[Seen]) -> Seen | None:
 
 def _of_state(case: Case, seen: list[Seen], bad: Seen, shown: state.Watched, notes: tuple[str, ...]) -> Located:
     layer, point, span = state.between(seen, bad)
+    searched = layer  # where a cause is looked for
     if bad.point == "logits" and not bad.problem:
-        layer, point, span = _of_the_head(case, layer, point, span)
+        layer, point, span = narrowed.of_the_head(case, layer, point, span)
+        searched = layer
+    elif bad.point == "logits" and narrowed.partly(shown.logits):
+        layer, searched, point, span, notes = None, None, "logits", [], (*notes, narrowed.PARTLY)
+    elif not bad.problem and bad.point.endswith(("att_x", "ffn_x")):
+        case.tell("whether a norm or what it was given")
+        layer, point, span, why = narrowed.by_norm(shown.states, case, bad, (layer, point, span))
+        notes = (*notes, why) if why else notes
     verdict = NON_FINITE if bad.problem else DIVERGED
     if bad.problem:
         culprit = overflow(case, span)
@@ -177,27 +184,19 @@ def _of_state(case: Case, seen: list[Seen], bad: Seen, shown: state.Watched, not
         notes=notes,
     )
     last = shown.states[-1]
-    evidence = replace(case.evidence(), layer=layer, point=None if span else point, logits=shown.logits)
+    evidence = replace(case.evidence(), layer=searched, point=None if span else point, logits=shown.logits)
     evidence = replace(evidence, truth=case.truth.logits, state=last, truth_state=case.truth.state)
     return Located(finding, evidence)
-
-
-def _of_the_head(case: Case, layer: int | None, point: str, span: list[str]) -> tuple[int | None, str, list[str]]:
-    """Where the last state is right and the logits are not: whether they are without the last half block too."""
-    case.tell("without the last half block")
-    quiet = truncation.silenced(case.weights, "ffn")
-    try:
-        wrong = truncation.fails(case, quiet)
-    except (Unavailable, Unsupported, ValueError):  # it cannot be opened over other weights
-        return layer, point, span
-    inside = [name for name in span if name.startswith("blocks.")]
-    return (None, "logits", list(LAST)) if wrong else (layer, point, inside)
 
 
 def by_truncation(case: Case, held: Held, judged: Gate) -> Looked:
     """Checkpoints of the first k layers."""
     if judged.passed:
         return Looked(why="its logits are right, and it shows nothing else")
+    shown = _logits_of(case, held, "logits", None)
+    if shown.logits is not None and narrowed.partly(shown.logits):
+        finding = Finding(NON_FINITE, LOGITS, None, "logits", notes=(narrowed.PARTLY,))
+        return Looked(Located(finding, shown))
     held.drop()  # two models of a large size may not fit
     try:
         cut = truncation.smallest(case, judged)

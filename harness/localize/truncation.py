@@ -125,9 +125,14 @@ def _half(case: Case, cut: Weights, broken: bool) -> tuple[str, list[str]]:
         return ("att" if wrong["att"] else "ffn"), []
     if not wrong["att"]:
         return "", ["with either half of the layer silenced it passes: only both together fail"]
-    if cut.config.n_layer == 1 and not broken:
-        return "ends", ["with either half of the layer silenced it fails: it is outside of the layers, or in both"]
-    return "", ["with either half of the layer silenced it fails"]
+    if cut.config.n_layer > 1 or broken:
+        return "", ["with either half of the layer silenced it fails"]
+    if not fails(case, silenced(silenced(cut, "att"), "ffn")):
+        return "", ["with either half of the layer silenced it fails, with both it passes: it is in both halves"]
+    return "ends", [
+        "with both halves of the first layer silenced it fails: it is outside of the layers, or in the residual "
+        "stream through them"
+    ]
 
 
 def _judged(case: Case, weights: Weights) -> Gate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,12 +17,13 @@ from reference.numerics import ROUND, Arithmetic
 from reference.operations import Step, steps
 from reference.weights import Weights
 
-#: Format -> its largest number, and from where on a value is rounded to Inf (fp8 e4m3: to NaN).
+#: Format -> its largest number, and from where on a value is rounded to Inf (fp8 e4m3, which has no Inf: to NaN, or to
+#: the largest number by conversions that saturate). Halfway, e4m3 alone rounds down: its largest mantissa is even.
 FORMATS: dict[str, tuple[float, float]] = {
     "fp32": (float(np.finfo(np.float32).max), float("inf")),
     "fp16": (65504.0, 65520.0),
     "bf16": (255 * 2.0**120, 511 * 2.0**119),
-    "fp8": (448.0, 464.0),
+    "fp8": (448.0, math.nextafter(464.0, math.inf)),
     "fp8_e5m2": (57344.0, 61440.0),
 }
 

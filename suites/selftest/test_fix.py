@@ -101,6 +101,16 @@ def test_a_scheme_with_room_is_tried() -> None:
     assert fix.cost is not None
 
 
+@pytest.mark.parametrize(("declared", "coarse"), [(FP16, False), (Arithmetic("int4x32"), True)], ids=str)
+def test_a_fix_that_passed_a_coarse_bound_says_so(declared: Arithmetic, coarse: bool) -> None:
+    """Where products of four-bit inputs are declared, a backend that is right only roughly passes too."""
+    planted, point = plant(WEIGHTS, TOKENS, "ffn.k2", 1)
+    fix = find_fix(finding(point), evidence(planted, arithmetic=declared), opener)
+    assert fix is not None
+    assert fix.verified
+    assert ("verified under a coarse bound" in fix.note) == coarse
+
+
 def test_nothing_wrong_needs_no_fix() -> None:
     assert find_fix(finding(None, CLEAN), evidence(WEIGHTS), opener) is None
 

@@ -16,7 +16,7 @@ import pytest
 from harness import command_headroom
 from harness.headroom import Headroom, find
 from harness.localize.magnitudes import CHUNK, measure
-from harness.localize.whatif import emulate, mixed
+from harness.localize.whatif import FORMATS, emulate, mixed
 from harness.models import gate_tokens, open_model
 from harness.status import FAILED, PASSED
 from reference.checkpoint import save_checkpoint
@@ -210,3 +210,25 @@ def test_zeros_have_all_the_room_there_is() -> None:
     found: Headroom = find(silent, TOKENS)
     peak = next(peak for peak in found.peaks if peak.point == "blocks.1.ffn.v")
     assert found.headroom(peak) == float("inf")
+
+
+#: Exponent and mantissa bits, bias, and codes that are no finite number at the top: all of the last exponent, or one.
+BITS = {"fp16": (5, 10, 15, True), "fp8_e5m2": (5, 2, 15, True), "fp8": (4, 3, 7, False), "bf16": (8, 7, 127, True)}
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_limits_are_those_of_the_format_s_bits(name: str) -> None:
+    """Counted from the bits: the last finite code, and halfway to the next one, where the even of both is taken."""
+    exponent_bits, mantissa_bits, bias, ieee = BITS[name]
+    last = (((1 << exponent_bits) - 1) << mantissa_bits) - 1  # before the codes of Inf and NaN
+    if not ieee:
+        last = (1 << (exponent_bits + mantissa_bits)) - 2  # before the one code of NaN
+
+    def value(code: int) -> float:
+        exponent, mantissa = divmod(code, 1 << mantissa_bits)
+        return float((1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias))
+
+    largest, edge = FORMATS[name]
+    halfway = (value(last) + value(last + 1)) / 2
+    assert largest == value(last)
+    assert edge == (np.nextafter(halfway, np.inf) if last % 2 == 0 else halfway)

@@ -436,3 +436,42 @@ def test_a_backend_that_dies_while_traced_loses_nothing(bench: Callable[..., Don
     found = json.loads(done.out)
     assert (found["verdict"], found["method"], found["layer"]) == ("diverged", "state", None)
     assert any("broke while watched: ChildDied: exited with status 7" in note for note in found["notes"])
+
+
+#: A runner of libraries it did not build: INFO says float32, the library computes in bfloat16 and says so (or not).
+RUNS_ANY = """
+from backends.api import BackendInfo
+from reference.forward import forward
+from reference.numerics import Arithmetic
+
+INFO = BackendInfo("runs_any", "runs what it is given", "a test", ("cpu",), {"fp32": Arithmetic()})
+OWN = Arithmetic("bf16", residual="bf16")
+
+class Silent:
+    def __init__(self, weights):
+        self.weights = weights
+    def forward(self, tokens, state):
+        return forward(self.weights, tokens, state, arithmetic=OWN, seed=5)
+
+class Says(Silent):
+    def declared_arithmetic(self):
+        return OWN
+
+def load(checkpoint, scheme, device, threads):
+    return KIND(checkpoint)
+"""
+
+
+@pytest.mark.parametrize("how", ["--in-process", "--isolate"])
+def test_a_session_is_judged_by_the_arithmetic_it_declares(
+    bench: Callable[..., Done], small: str, tmp_path: Path, how: str
+) -> None:
+    codes = {}
+    for kind in ("Says", "Silent"):
+        file = tmp_path / f"{kind.lower()}.py"
+        file.write_text(RUNS_ANY.replace("KIND", kind))
+        done = bench("localize", "--model", small, "--backend", str(file), how, "--no-fix", "--threads", "1")
+        codes[kind] = done.code
+        drift = bench("localize", "--model", small, "--backend", str(file), how, "--drift", "60", "--threads", "1")
+        assert (drift.code == 0) == (kind == "Says"), drift
+    assert codes == {"Says": 0, "Silent": 1}

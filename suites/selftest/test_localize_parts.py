@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.localize.by_layers import layered
 from harness.localize.finding import Seen
 from harness.localize.heatmap import grid
 from harness.localize.lockstep import Stream, layers
@@ -19,6 +20,7 @@ from harness.tolerance import K
 from reference.config import Config
 from reference.forward import forward
 from reference.numerics import Arithmetic, Exact
+from reference.schemes import apply
 from reference.synthetic import synthetic
 
 CONFIG = Config(n_layer=3, n_embd=32, n_ffn=64, n_vocab=50)
@@ -146,3 +148,20 @@ def test_the_picture(tmp_path: Path) -> None:
     assert drawn is not None
     draw(str(tmp_path / "map.png"), "title", drawn)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_a_large_model_one_layer_is_upcast_and_the_ends_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = apply(WEIGHTS, "fp16")
+    assert layered(stored)["head.weight"].stored == "f32"
+    monkeypatch.setattr("harness.localize.by_layers._SMALL", 0)
+    found = layered(stored)
+    assert found["head.weight"].stored == "f16"
+    name = "blocks.{}.ffn.key.weight"
+    first = found[name.format(0)].read()
+    assert found[name.format(0)].read() is first
+    np.testing.assert_array_equal(first, stored[name.format(0)].array(np.float32))
+    found[name.format(1)].read()
+    assert found[name.format(0)].read() is not first
+    held, own = (forward(w, TOKENS, dtype=np.float64)[0] for w in (stored, found))
+    np.testing.assert_allclose(own, held, rtol=1e-12)
+    assert layered(apply(WEIGHTS, "Q8_0"))["blocks.0.ffn.key.weight"].stored == "f32"
