@@ -212,7 +212,8 @@ def _frontier(found: Sequence[Candidate]) -> tuple[list[Candidate], str]:
     told = f"the frontier is over {', '.join(names)}"
     if len(whole) < len(passed):
         n = len(passed) - len(whole)
-        told += f"; of {n} cell{'s' * (n > 1)} that pass, one of these is unknown: left aside"
+        told += f"; {n} cells that pass are" if n > 1 else "; 1 cell that passes is"
+        told += " left aside: one of these is unknown"
     missing = [name for name in merits if name not in names]
     told += f"; {' and '.join(missing)} unknown of every cell" if missing and names else ""
     marked = [replace(each, on_frontier=True) if i in best else each for i, each in enumerate(found)]
