@@ -30,10 +30,19 @@ def _row(group: Sequence[Row]) -> Row:
     lengths = [_length(row) for row in group]
     times = in_rounds(group)
     found = slope(lengths, times) if len(times) else None
-    blank = {"samples": None, "steps": None, "blocks": None, "warmup": None, "percentiles": None, "peak_bytes": None}
     row = replace(
         group[-1],
-        **{**blank, "metric": METRIC, "unit": "", "value": None, "interval": None, "roofline_fraction": None},
+        metric=METRIC,
+        unit="",
+        value=None,
+        interval=None,
+        roofline_fraction=None,
+        samples=None,
+        steps=None,
+        blocks=None,
+        warmup=None,
+        percentiles=None,
+        peak_bytes=None,
         extra={},
         reason=f"decode at {len(lengths)} lengths was not measured in enough random orders: {len(times)}",
         verdict="UNSUPPORTED",
