@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 #: Commands and options of the design that this version answers by name instead of guessing another.
-LATER_COMMANDS: tuple[str, ...] = ("gpu-check",)
+LATER_COMMANDS: tuple[str, ...] = ()
 LATER_OPTIONS: tuple[str, ...] = ()
 
 #: Commands with a file of their own: HELP, EXAMPLES, ``options(parser)`` and ``run``.
@@ -67,6 +67,7 @@ COMMAND_FILES = {
     "quality": "harness.command_quality",
     "localize": "harness.command_localize",
     "headroom": "harness.command_headroom",
+    "gpu-check": "harness.command_gpu_check",
     "compare": "reports.command_compare",
     "ab": "reports.command_ab",
     "report": "reports.command_report",

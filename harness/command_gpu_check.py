@@ -1,0 +1,232 @@
+"""``rwkv-bench gpu-check``: everything that needs a GPU, in one go. Light to import, as every module of options is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from harness.outcome import Outcome
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from harness.gpu_check.steps import Offer, Setting, Step
+    from harness.hardware import Hardware
+    from harness.rows import Row
+
+HELP = "everything that needs a GPU, in one go, as recorded rows"
+
+EXAMPLES = """\
+examples:
+  rwkv-bench gpu-check --output gpu          the whole list; rows in gpu/<hardware>.jsonl
+  rwkv-bench gpu-check --only parity --budget 600
+  rwkv-bench gpu-check --only throughput-7b-world,wkv
+  rwkv-bench gpu-check --list                the steps, with about how long each takes
+  rwkv-bench gpu-check --rehearse            the same list on this CPU, tiny: all but speed
+
+A step that fails is a row, and the rest goes on. Rows are appended as they are
+measured, so several calls with --only fill one file.
+"""
+
+#: Where rows go without ``--output``.
+FOLDER = "gpu-check"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--only", type=_words, metavar="STEPS", help="a comma list of steps (default: all)")
+    parser.add_argument("--backend", type=_words, metavar="NAMES", help="(default: every one that runs on the device)")
+    parser.add_argument("--model", type=_words, metavar="NAMES", help="sizes to time (default 169m,1b5,3b,7b-world)")
+    parser.add_argument("--device", metavar="NAME", help="cuda:1, mps (default: the first GPU)")
+    parser.add_argument("--budget", type=float, metavar="S", help="begin nothing after so many seconds, and end then")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, Triton interpreted, tiny shapes")
+    parser.add_argument("--list", dest="listed", action="store_true", help="show the steps and run nothing")
+    parser.add_argument("--output", dest="folder", metavar="FOLDER", default=FOLDER, help=f"(default {FOLDER}/)")
+    parser.add_argument("--format", choices=("table", "json"), default="table", metavar="F", help="table or json")
+    parser.set_defaults(output=None)
+
+
+def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -> Outcome:
+    """Run the list. Raises Unavailable without a GPU, InputError for a wrong name."""
+    from pathlib import Path
+
+    from harness.gpu_check import record
+    from harness.gpu_check.work import Job
+    from harness.gpu_check.work import run as work
+    from harness.rows import document
+    from harness.run import new_run_id
+    from harness.status import PASSED, exit_code, row_code
+    from reference.errors import InputError
+
+    if arguments.budget is not None and not arguments.budget > 0:
+        raise InputError(f"--budget is {arguments.budget:g}; seconds above 0 are needed")
+    hardware = _place(arguments)
+    folder = Path(arguments.folder)
+    setting = _setting(arguments, hardware, folder)
+    chosen = _chosen(setting, arguments.only)
+    if arguments.listed:
+        return Outcome(_listing(chosen, kind), PASSED)
+    _made(folder)
+    _files(setting, folder)
+    name = f"rehearsal-{hardware.name}" if arguments.rehearse else hardware.name
+    file = folder / f"{name}.jsonl"
+    record.save_profile(folder / f"{name}-profile.json", record.profile(hardware, arguments.rehearse))
+    rows: list[Row] = []
+
+    def emit(row: Row) -> None:
+        record.append(file, row)
+        rows.append(row)
+
+    notes = {"rehearsal": arguments.rehearse, "versions": record.versions()}
+    work(chosen, Job(new_run_id(), hardware, arguments.budget, notes), emit, tell)
+    text = json.dumps(document(rows), indent=1) + "\n" if kind == "json" else _table(rows)
+    said = [f"{len(rows)} rows added to {file}"]
+    if arguments.rehearse:
+        said.append("a rehearsal: its figures are the interpreter's and say nothing of a GPU")
+    elif rows:
+        said.append("to keep them, commit the two files under reports/recorded")
+    return Outcome(text, exit_code([row_code(row, False) for row in rows]), tuple(said))
+
+
+def _place(arguments: argparse.Namespace) -> Hardware:
+    """The device; of a rehearsal the CPU. Raises Unavailable where there is no GPU."""
+    from backends.api import Unavailable
+    from harness.hardware import local_hardware
+
+    here = local_hardware()
+    if arguments.rehearse:
+        return here[0]
+    gpus = [item for item in here if item.device != "cpu"]
+    if arguments.device is not None:
+        gpus = [item for item in gpus if arguments.device in (item.device, item.device.split(":")[0])]
+        if not gpus:
+            has = ", ".join(item.device for item in here)
+            raise Unavailable(f"there is no {arguments.device} here; this machine has {has}", "see --rehearse")
+    if not gpus:
+        raise Unavailable(
+            "there is no GPU here: no NVIDIA driver answers and this is no Apple silicon",
+            "--rehearse runs the same list on the CPU, with tiny shapes",
+        )
+    return gpus[0]
+
+
+def _setting(arguments: argparse.Namespace, hardware: Hardware, folder: Path) -> Setting:
+    from harness.gpu_check.overflow import point_of
+    from harness.gpu_check.steps import REHEARSED_SHAPE, SIZES, Setting
+    from harness.models import model_config
+
+    tiny = str(folder / "rehearsal-tiny.safetensors")
+    return Setting(
+        device=hardware.device,
+        offers=_offers(arguments.backend, hardware.device, arguments.rehearse),
+        models=(tiny,) if arguments.rehearse else tuple(arguments.model or SIZES),
+        small=tiny if arguments.rehearse else "tiny",
+        overflow=str(folder / f"{'rehearsal-' if arguments.rehearse else ''}overflow.safetensors"),
+        point=point_of(REHEARSED_SHAPE if arguments.rehearse else model_config("tiny")),
+        rehearsal=arguments.rehearse,
+    )
+
+
+def _offers(names: Sequence[str] | None, device: str, rehearsal: bool) -> tuple[Offer, ...]:
+    """Backends that have the device: of a rehearsal those that have some GPU, on the CPU. Raises InputError."""
+    from backends.index import backend_names, load_backend
+    from harness.gpu_check.steps import REHEARSED, TIMED, Offer
+    from reference.errors import InputError
+
+    found = []
+    for name in names or backend_names():
+        try:
+            info = load_backend(name).INFO
+        except InputError:
+            if names:
+                raise
+            continue
+        kinds = {"cuda", "mps"} if rehearsal else {device.split(":")[0]}
+        if kinds.isdisjoint(info.devices) or (rehearsal and "cpu" not in info.devices):
+            if names:
+                raise InputError(f"{name} does not run on {' or '.join(sorted(kinds))}; it runs on {info.devices}")
+            continue
+        usual = info.usual or tuple(info.schemes)
+        timed = tuple(scheme for scheme in TIMED if scheme in usual) or usual[:1]
+        if rehearsal:
+            usual = tuple(scheme for scheme in REHEARSED if scheme in usual) or usual[:1]
+            timed = usual[:1]
+        found.append(Offer(name, usual, timed))
+    return tuple(found)
+
+
+def _chosen(setting: Setting, only: Sequence[str] | None) -> tuple[Step, ...]:
+    from harness.gpu_check.steps import steps
+    from harness.gpu_check.work import named
+    from harness.names import did_you_mean
+    from reference.errors import InputError
+
+    every = steps(setting)
+    for name in only or ():
+        if not named(every, [name]):
+            known = [step.name for step in every]
+            raise InputError(f"no step {name!r}; {did_you_mean(name, known)}steps: {', '.join(known)}")
+    return named(every, only) if only else every
+
+
+def _made(folder: Path) -> None:
+    from reference.errors import InputError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}; a folder is needed") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder}: not writable")
+
+
+def _files(setting: Setting, folder: Path) -> None:
+    """The models that the steps name as files."""
+    from pathlib import Path
+
+    from harness.gpu_check.overflow import write_overflowing
+    from harness.gpu_check.steps import REHEARSED_SHAPE
+    from reference.checkpoint import save_checkpoint
+    from reference.synthetic import synthetic
+
+    if setting.rehearsal:
+        save_checkpoint(synthetic(REHEARSED_SHAPE, seed=1), setting.small, "safetensors", "fp32")
+    write_overflowing(setting.small, Path(setting.overflow))
+
+
+def _listing(steps: Sequence[Step], kind: str) -> str:
+    if kind == "json":
+        told = [{"step": s.name, "what": s.what, "seconds": s.seconds, "commands": len(s.commands)} for s in steps]
+        return json.dumps({"schema": 1, "steps": told}, indent=1) + "\n"
+    wide = max((len(step.name) for step in steps), default=0)
+    return "".join(
+        f"{step.name:{wide}}  about {step.seconds} s, {len(step.commands)} commands: {step.what}\n" for step in steps
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """One line a row: step, cell, figure, verdict; the reason where it is no PASS."""
+    lines = []
+    for row in rows:
+        figure = "" if row.value is None else f"{row.value:.4g} {row.unit}"
+        share = "" if row.roofline_fraction is None else f" ({100 * row.roofline_fraction:.0f} %)"
+        step = row.extra["gpu_check"]["step"]
+        changed = " ".join(f"{key} {value}" for key, value in row.extra.get("ablation", {}).items())
+        cell = f"{row.backend} {row.scheme} {_short(row.model)} {row.metric} {changed}".rstrip()
+        why = "" if row.verdict == "PASS" else f"  {row.reason}"
+        lines.append(f"{step:16} {row.verdict or '':12}{figure + share:24} {cell}{why}\n")
+    return "".join(lines)
+
+
+def _short(model: str) -> str:
+    return os.path.basename(model)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not words:
+        raise argparse.ArgumentTypeError("no name is given")
+    return words

@@ -1,0 +1,292 @@
+"""gpu-check: the list, what becomes of each command, budgets, refusals; commands are stand-ins that print rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import command_gpu_check
+from harness.card import Card
+from harness.cli import main
+from harness.gpu_check import record, work
+from harness.gpu_check.overflow import point_of, write_overflowing
+from harness.gpu_check.steps import LINES, LOCALIZED, REHEARSED_SHAPE, ROWS, Command, Offer, Setting, Step, steps
+from harness.hardware import Hardware
+from harness.rows import Row, line
+from harness.store import read
+from reference.checkpoint import load_checkpoint
+from reference.forward import forward
+
+H200 = Hardware("h200", "cuda:0", "NVIDIA H200")
+OFFERS = (
+    Offer("torch", ("fp32", "fp16", "bf16"), ("fp16", "bf16")),
+    Offer("triton", ("fp16", "q4f16_1", "q0f16"), ("q0f16", "fp16", "q4f16_1")),
+    Offer("rwkv", ("fp32", "fp16", "fp16i8"), ("fp16", "fp16i8")),
+)
+SETTING = Setting("cuda:0", OFFERS, ("169m", "7b-world"), "tiny", "overflow.safetensors", "blocks.4.ffn.k2")
+
+
+@pytest.fixture(autouse=True)
+def _no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "card_of", lambda device: None)
+
+
+# --- the list
+
+
+def test_the_list_has_all_that_needs_a_gpu() -> None:
+    found = {step.name: step for step in steps(SETTING)}
+    assert list(found) == ["parity", "localize", "throughput-169m", "throughput-7b-world", "wkv", "ablation"]
+    assert [(c.backend, c.scheme) for c in found["parity"].commands] == [
+        ("torch", "fp32,fp16,bf16"),
+        ("triton", "fp16,q4f16_1,q0f16"),
+        ("rwkv", "fp32,fp16,fp16i8"),
+    ]
+    planted = {(c.backend, c.scheme): c.expected for c in found["localize"].commands}
+    point = "blocks.4.ffn.k2"
+    assert planted == {
+        ("torch", "fp16"): point,
+        ("triton", "fp16"): None,  # its stream and its squares are float32
+        ("triton", "q0f16"): point,
+        ("rwkv", "fp16"): None,  # rescales
+    }
+    timed = {(c.backend, c.scheme) for c in found["throughput-7b-world"].commands}
+    assert {("triton", "q4f16_1"), ("triton", "q0f16"), ("torch", "fp16"), ("rwkv", "fp16")} <= timed
+    assert {c.words[c.words.index("--prompt-tokens") + 1] for c in found["throughput-169m"].commands} == {"512", "2048"}
+    assert [c.backend for c in found["wkv"].commands] == ["triton", "fla"]
+    ablated = [" ".join(c.words) for c in found["ablation"].commands]
+    assert any("--backend triton --quant q0f16" in words and "--driver loop" in words for words in ablated)
+    assert any("--backend triton --quant q0f16" in words and "--rescale-every 6" in words for words in ablated)
+
+
+def test_every_command_names_the_device_and_a_rehearsal_interprets() -> None:
+    for rehearsal, device in ((False, "cuda:0"), (True, "cpu")):
+        setting = Setting(device, OFFERS, ("tiny",), "tiny", "o.safetensors", "p", rehearsal)
+        for command in (command for step in steps(setting) for command in step.commands):
+            assert command.words[command.words.index("--device") + 1] == device
+            assert command.environment == ({"TRITON_INTERPRET": "1"} if rehearsal else {})
+
+
+def test_a_rehearsal_has_the_same_steps() -> None:
+    setting = Setting("cpu", OFFERS, ("tiny",), "tiny", "o.safetensors", "p", True)
+    assert [s.name.partition("-")[0] for s in steps(setting)] == [
+        s.name.partition("-")[0] for s in steps(SETTING) if s.name != "throughput-7b-world"
+    ]
+
+
+def test_the_planted_overflow_is_beyond_fp16_and_nothing_else_is(tmp_path: Path) -> None:
+    from harness.models import gate_tokens, open_model
+
+    file = tmp_path / "overflow.safetensors"
+    write_overflowing("tiny", file)
+    weights, model = load_checkpoint(file), open_model("tiny")
+    tokens, seen = gate_tokens(model, 48), dict[str, float]()
+    logits, _ = forward(weights, tokens, tap=lambda name, x: seen.__setitem__(name, float(abs(x).max())))
+    over = [name for name, largest in seen.items() if largest > 65504]
+    assert over == [point_of(model.config)] == ["blocks.4.ffn.k2"]
+    expected, _ = forward(model.weights, tokens)
+    assert abs(logits - expected).max() < 1e-3 * expected.std()
+
+
+# --- what becomes of a command
+
+
+def measured(**more: Any) -> Row:
+    about = {"hardware": "h200", "backend": "torch", "model": "tiny", "scheme": "fp16", "metric": "parity"}
+    return Row(kind="measured", run="r", time="2026-11-21T00:00:00+00:00", **{**about, "reason": "x", **more})
+
+
+def ran(code: str, monkeypatch: pytest.MonkeyPatch, kind: str = LINES, seconds: float | None = None) -> list[Row]:
+    """The rows of one command that is this Python code, with the row's store, if any, as its first argument."""
+
+    def argv(command: Command, store: Path | None) -> list[str]:
+        return [sys.executable, "-c", code, str(store)]
+
+    monkeypatch.setattr(work, "argv", argv)
+    command = Command(kind, ("--device", "cuda:0"), "torch", "fp16", "tiny", {}, "blocks.4.ffn.k2")
+    rows: list[Row] = []
+    work.run([Step("s", "w", 1, (command,))], work.Job("run", H200, seconds, {"rehearsal": False}), rows.append, print)
+    return rows
+
+
+def test_rows_are_recorded_with_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = ran(f"print({line(measured(verdict='PASS', value=1.0))!r})", monkeypatch)
+    assert (row.kind, row.verdict, row.value) == ("recorded", "PASS", 1.0)
+    assert row.extra["gpu_check"] == {"step": "s", "rehearsal": False}
+
+
+def test_rows_of_a_store_survive_a_command_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = line(measured(verdict="PASS", value=1.0))
+    code = f"import os, sys; open(sys.argv[1], 'w').write({text!r}); os.kill(os.getpid(), 9)"
+    kept, failed = ran(code, monkeypatch, ROWS)
+    assert (kept.verdict, failed.verdict) == ("PASS", "CRASHED")
+    assert str(failed.reason).startswith("killed by SIGKILL")
+    assert "--device cuda:0" in str(failed.command)
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict", "said"),
+    [
+        ("import sys; sys.exit('rwkv-bench: no such thing')", "CRASHED", "exit status 1: rwkv-bench: no such thing"),
+        ("import sys; print('not here', file=sys.stderr); sys.exit(3)", "UNAVAILABLE", "exit status 3: not here"),
+        ("print('{')", "CRASHED", "its rows cannot be read"),
+        ('print(\'{"kind": "measured"}\')', "CRASHED", "its rows cannot be read: row: field 'hardware' is missing"),
+        ("pass", "CRASHED", "exit status 0: it said nothing"),
+    ],
+)
+def test_a_failure_is_a_row(code: str, verdict: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ran(code, monkeypatch)[0]
+    assert (row.verdict, row.backend, row.hardware, row.kind) == (verdict, "torch", "h200", "recorded")
+    assert str(row.reason).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "point", "right"),
+    [
+        ("non-finite", "blocks.4.ffn.k2", True),
+        ("non-finite", "blocks.5.ffn.k2", False),
+        ("diverged", "blocks.4.ffn.k2", False),
+        ("clean", None, False),
+    ],
+)
+def test_a_localization_is_held_against_what_was_planted(
+    verdict: str, point: str | None, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = json.dumps({"verdict": verdict, "point": point, "cause": "c", "token_index": 8})
+    (row,) = ran(f"import sys; print({finding!r}); sys.exit({int(verdict != 'clean')})", monkeypatch, LOCALIZED)
+    assert row.verdict == ("PASS" if right else "FAIL")
+    assert right or "where non-finite at blocks.4.ffn.k2 was planted" in str(row.reason)
+
+
+def test_what_outlasts_the_budget_is_ended_with_all_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(work, "LEAST_SECONDS", 0.0)
+    pid = tmp_path / "pid"
+    code = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    (row,) = ran(code, monkeypatch, seconds=3.0)
+    assert row.verdict == "TIMEOUT"
+    assert "when the budget was spent" in str(row.reason)
+    if pid.exists():
+        for _ in range(50):
+            if not _lives(int(pid.read_text())):
+                break
+            time.sleep(0.1)
+        assert not _lives(int(pid.read_text()))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        return (
+            f"{pid} (" in Path(f"/proc/{pid}/stat").read_text() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+        )
+    except OSError:
+        return False
+
+
+def test_nothing_is_begun_when_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "answered", lambda *told: pytest.fail("begun"))
+    times = iter([0.0, 56.0, 60.0])
+    command = Command(ROWS, ("parity",), "torch", "fp16", "tiny")
+    rows: list[Row] = []
+    job = work.Job("run", H200, 60.0, {})
+    work.run([Step("parity", "w", 1, (command, command))], job, rows.append, print, lambda: next(times))
+    assert [row.verdict for row in rows] == ["UNAVAILABLE"] * 2
+    assert rows[0].reason == "not run: the budget of 60 s is spent; --only parity runs it"
+
+
+def test_device_memory_that_is_kept_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([100 << 30, 99 << 30])
+    monkeypatch.setattr(work, "card_of", lambda device: Card(0, "u", "H200", next(free), None, None, None, "570"))
+    kept, failed = ran(f"print({line(measured(verdict='PASS', value=1.0))!r})", monkeypatch)
+    assert (kept.verdict, failed.verdict) == ("PASS", "FAIL")
+    assert failed.reason == "1024 MiB of device memory were not given back"
+    small = Card(0, "u", "H200", (100 << 30) - (10 << 20), None, None, None, "570")
+    assert record.not_given_back(Card(0, "u", "H200", 100 << 30, None, None, None, "570"), small) is None
+    assert record.not_given_back(None, small) is None
+
+
+# --- the command
+
+
+def test_without_a_gpu_it_says_so_and_exits_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.hardware.local_hardware", lambda: (Hardware("cpu", "cpu", "x"),))
+    assert main(["gpu-check", "--output", str(tmp_path / "out")]) == 3
+    assert "there is no GPU here" in (said := capsys.readouterr().err)
+    assert "--rehearse runs the same list on the CPU" in said
+    assert not (tmp_path / "out").exists()
+    assert main(["gpu-check", "--device", "cuda:5"]) == 3
+    assert "there is no cuda:5 here; this machine has cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "thruput-169m"], "no step 'thruput-169m'; did you mean 'throughput-169m'? steps: parity, localize"),
+        (["--backend", "numpy"], "numpy does not run on cuda"),
+        (["--backend", "torhc"], "did you mean 'torch'"),
+        (["--budget", "0"], "--budget is 0; seconds above 0 are needed"),
+        (["--budget", "nan"], "--budget is nan"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.hardware.local_hardware", lambda: (Hardware("cpu", "cpu", "x"), H200))
+    assert main(["gpu-check", "--list", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_the_steps_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("harness.hardware.local_hardware", lambda: (Hardware("cpu", "cpu", "x"), H200))
+    assert main(["gpu-check", "--list", "--only", "throughput"]) == 0
+    names = [row.split()[0] for row in capsys.readouterr().out.splitlines()]
+    assert names == ["throughput-169m", "throughput-1b5", "throughput-3b", "throughput-7b-world"]
+
+
+def test_rows_and_the_machine_are_kept_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = line(measured(verdict="PASS", value=2.0, error=1.0, bound=3.0))
+    monkeypatch.setattr(work, "argv", lambda command, store: [sys.executable, "-c", f"print({text!r})"])
+    monkeypatch.setattr(work, "_measured", lambda command, store, answer: ([measured(verdict="FAIL")], None))
+    folder = tmp_path / "out"
+    words = ["gpu-check", "--rehearse", "--backend", "torch", "--only", "parity", "--output", str(folder)]
+    assert main(words) == 1
+    assert main(words) == 1  # appended
+    rows = read(folder / "rehearsal-cpu.jsonl")
+    assert [row.verdict for row in rows] == ["FAIL", "FAIL"]
+    assert rows[0].extra["gpu_check"]["rehearsal"] is True
+    told = json.loads((folder / "rehearsal-cpu-profile.json").read_text())
+    assert (told["hardware"], told["device"], told["rehearsal"]) == ("cpu", "cpu", True)
+    assert "torch" in told["versions"]
+    assert load_checkpoint(folder / "rehearsal-tiny.safetensors").config == REHEARSED_SHAPE
+    said = capsys.readouterr().err
+    assert "1 rows added to" in said
+    assert "say nothing of a GPU" in said
+
+
+def test_offers_are_of_backends_with_the_device() -> None:
+    found = {offer.backend: offer for offer in command_gpu_check._offers(None, "cuda:0", False)}
+    assert {"torch", "triton", "rwkv", "transformers"} <= set(found)
+    assert not {"numpy", "onnx", "mlx"} & set(found)
+    assert found["torch"].timed == ("fp16", "bf16")
+    apple = {offer.backend: offer for offer in command_gpu_check._offers(None, "mps", False)}
+    assert set(apple) == {"torch", "mlx"}
+    assert apple["mlx"].timed == ("fp16", "bf16", "4bit", "8bit")
