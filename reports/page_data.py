@@ -8,9 +8,9 @@ from typing import Any
 from harness.rows import Row
 from reports.cell_history import Points
 from reports.cells import QUALITY, Cell, machine_of, scheme_class
+from reports.digits import small
 from reports.points import frontier_point, in_unit, roofline_points
 from reports.row_fields import blocks_text, excluded_samples, percentiles_text, revision, roofline_text
-from reports.tables import small
 
 #: More samples than this are thinned evenly, and the page says so.
 MOST_SAMPLES = 200

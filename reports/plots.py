@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from reports.cell_history import histories
 from reports.cells import Cell, ordered, scheme_class
+from reports.digits import number
 from reports.points import frontier_point, pareto, roofline_points
-from reports.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from harness.rows import Row
 from reports.cells import ENDED, NOT_RUN, Cell, machine_of
+from reports.digits import number, small
 from reports.points import pareto
 from reports.row_fields import device_bytes
-from reports.tables import number, small
 
 #: What the best is the best of.
 AIMS = ("decode", "prefill", "memory", "quality")

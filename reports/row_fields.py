@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.rows import Row
 from harness.stats import step_percentiles
-from reports.tables import number
+from reports.digits import number
 
 _NS = 1e9
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from reports.cells import SPEEDS, Cell
-from reports.tables import number
+from reports.digits import number
 
 #: Reasons of failures that are told one by one; more are counted.
 _TOLD = 5

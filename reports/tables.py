@@ -10,6 +10,10 @@ from typing import Any
 
 from harness.rows import FIELDS, Row, cell
 from reports.claims import columns, notes
+from reports.digits import number as number
+from reports.digits import seconds
+from reports.digits import small as small
+from reports.speed_extras import ROOFLINE, SLOW_STEP, extra_columns, noise_notes
 from reports.sweep_table import SweepLines, sweep_lines
 
 #: Fields that are one line of raw data too many for a spreadsheet; the JSON formats have them.
@@ -47,7 +51,7 @@ class Table:
     lines: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     left: tuple[str, ...] = _LEFT
-    spare: tuple[str, ...] = ("1st token", "memory", "error ≤ bound")
+    spare: tuple[str, ...] = (SLOW_STEP, "1st token", "memory", ROOFLINE, "error ≤ bound")
 
 
 def speed_table(rows: Sequence[Row]) -> Table:
@@ -62,22 +66,33 @@ def speed_table(rows: Sequence[Row]) -> Table:
     header = (*keys, "parity", "error ≤ bound")
     if timed:
         header = (*header, "prefill tok/s", "decode tok/s", "1st token", "memory")
-    lines = [(*(shared_key(group, key) for key in keys), *_figures(group, timed)) for group in cells]
-    return Table(title_of(rows, shared), header, tuple(lines), tuple(_notes(cells)))
+    more = extra_columns(cells, [_has_speed(group) for group in cells]) if timed else {}
+    lines = [
+        (*(shared_key(group, key) for key in keys), *_figures(group, timed), *(texts[i] for texts in more.values()))
+        for i, group in enumerate(cells)
+    ]
+    return Table(title_of(rows, shared), (*header, *more), tuple(lines), (*noise_notes(cells), *_notes(cells)))
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """The speed table of what was judged, and tables of their own for what others' programs printed or published."""
-    judged = [row for row in rows if row.kind == "measured" or row.verdict]
+    judged = [row for row in rows if row.kind == "measured"]
+    elsewhere = [row for row in rows if row.kind == "recorded" and row.verdict]
     printed = [row for row in rows if row.kind == "recorded" and not row.verdict]
     claimed = [row for row in rows if row.kind == "published"]
     foreseen = [row for row in rows if row.kind == "predicted"]
     sweep = sweep_lines(judged, speed)
     found = [speed_table(judged)] if judged and sweep is None else []
     found += [] if sweep is None else [sweep_table(judged, sweep)]
+    found += [_recorded(elsewhere)] if elsewhere else []
     found += [claims_table(printed, "recorded figures, printed by other programs; parity unknown")] if printed else []
     found += [claims_table(claimed, "published figures, not measured here")] if claimed else []
     return found + ([claims_table(foreseen, "predicted from the roofline, measured nowhere")] if foreseen else [])
+
+
+def _recorded(rows: Sequence[Row]) -> Table:
+    table = speed_table(rows)
+    return replace(table, title=f"recorded, not measured in this run · {table.title}")
 
 
 def sweep_table(rows: Sequence[Row], sweep: SweepLines) -> Table:
@@ -218,7 +233,7 @@ def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
         *judged,
         speed(by_metric.get("prefill")) or ended * verdict,
         speed(by_metric.get("decode")) or ended * verdict,
-        "" if first is None or first.value is None else _seconds(first.value),
+        "" if first is None or first.value is None else seconds(first.value),
         "" if peak is None else _bytes(peak),
     )
 
@@ -230,17 +245,15 @@ def verdict_of(group: Sequence[Row]) -> str:
     return next((verdict for verdict in order if verdict in found), "")
 
 
+def _has_speed(group: Sequence[Row]) -> bool:
+    return verdict_of(group) == "PASS" or any(row.metric == "kl_divergence" for row in group)
+
+
 def _error(row: Row | None) -> str:
     if row is None or row.error is None or row.bound is None:
         return ""
     relation = "≤" if row.error <= row.bound else ">"
     return f"{small(row.error)} {relation} {small(row.bound)}"
-
-
-def small(value: float) -> str:
-    """``2.1e-6``: an exponent without its leading zero."""
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits}e{int(exponent)}"
 
 
 def speed(row: Row | None) -> str:
@@ -252,19 +265,6 @@ def speed(row: Row | None) -> str:
         return text
     half = max(row.interval[1] - row.value, row.value - row.interval[0]) / row.value
     return f"{text} ±{100 * half:.0f}%" if half >= 0.005 else f"{text} ±{100 * half:.1f}%"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, whole numbers whole up to 10,000 and of four digits beyond."""
-    if value is None:
-        return ""
-    if value >= 1e4:
-        return f"{float(f'{value:.4g}'):.0f}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
 def _bytes(value: int) -> str:
