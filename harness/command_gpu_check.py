@@ -210,6 +210,7 @@ def _listing(steps: Sequence[Step], kind: str) -> str:
 def _table(rows: Sequence[Row]) -> str:
     """One line a row: step, cell, figure, verdict; the reason where it is no PASS."""
     lines = []
+    wide = max((len(row.extra["gpu_check"]["step"]) for row in rows), default=0)
     for row in rows:
         figure = "" if row.value is None else f"{row.value:.4g} {row.unit}"
         share = "" if row.roofline_fraction is None else f" ({100 * row.roofline_fraction:.0f} %)"
@@ -217,7 +218,7 @@ def _table(rows: Sequence[Row]) -> str:
         changed = " ".join(f"{key} {value}" for key, value in row.extra.get("ablation", {}).items())
         cell = f"{row.backend} {row.scheme} {_short(row.model)} {row.metric} {changed}".rstrip()
         why = "" if row.verdict == "PASS" else f"  {row.reason}"
-        lines.append(f"{step:16} {row.verdict or '':12}{figure + share:24} {cell}{why}\n")
+        lines.append(f"{step:{wide}} {row.verdict or '':11} {figure + share:18} {cell}{why}\n")
     return "".join(lines)
 
 

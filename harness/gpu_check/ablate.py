@@ -52,7 +52,7 @@ def measured(arguments: argparse.Namespace) -> Row:
             base_row(cell, model, job),
             metric="decode",
             unit="",
-            reason=None,
+            reason="not timed",
             backend_version=opened.version,
             arithmetic=str(arithmetic) if change else arithmetic_text(opened),
             driver=driver,
@@ -66,8 +66,8 @@ def measured(arguments: argparse.Namespace) -> Row:
         taken = opened.meter.decode(prompt, arguments.decode_tokens, sampling, lambda text: None, driver)
     if taken.non_finite_at is not None:
         return replace(base, verdict="FAIL", reason=str(taken.non_finite_at))
-    timed = replace(base, samples=taken.ns, steps=taken.steps or None, stopped=taken.stopped, verdict="PASS")
-    return derived(timed)
+    timed = replace(base, samples=taken.ns, steps=taken.steps or None, stopped=taken.stopped)
+    return derived(replace(timed, verdict="PASS", reason=None))
 
 
 def place(device: str) -> Hardware:

@@ -14,14 +14,15 @@ import pytest
 from harness import command_gpu_check
 from harness.card import Card
 from harness.cli import main
-from harness.gpu_check import record, work
+from harness.gpu_check import ablate, record, work
 from harness.gpu_check.overflow import point_of, write_overflowing
 from harness.gpu_check.steps import LINES, LOCALIZED, REHEARSED_SHAPE, ROWS, Command, Offer, Setting, Step, steps
 from harness.hardware import Hardware
 from harness.rows import Row, line
 from harness.store import read
-from reference.checkpoint import load_checkpoint
+from reference.checkpoint import load_checkpoint, save_checkpoint
 from reference.forward import forward
+from reference.synthetic import synthetic
 
 H200 = Hardware("h200", "cuda:0", "NVIDIA H200")
 OFFERS = (
@@ -290,3 +291,27 @@ def test_offers_are_of_backends_with_the_device() -> None:
     apple = {offer.backend: offer for offer in command_gpu_check._offers(None, "mps", False)}
     assert set(apple) == {"torch", "mlx"}
     assert apple["mlx"].timed == ("fp16", "bf16", "4bit", "8bit")
+
+
+@pytest.mark.parametrize(
+    ("words", "driver", "rescaled"), [(["--driver", "loop"], "loop", 0), (["--rescale-every", "1"], "greedy", 1)]
+)
+def test_an_ablation_is_judged_and_says_what_was_changed(
+    words: list[str], driver: str, rescaled: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[torch]'")
+    file = tmp_path / "small.safetensors"
+    save_checkpoint(synthetic(REHEARSED_SHAPE, 1), file, "safetensors", "fp32")
+    about = ["--model", str(file), "--backend", "torch", "--quant", "fp16", "--device", "cpu", "--decode-tokens", "2"]
+    assert ablate.main([*about, *words]) == 0
+    row = Row.from_dict({k: v for k, v in json.loads(capsys.readouterr().out).items() if k != "schema"})
+    assert (row.metric, row.verdict, row.driver) == ("decode", "PASS", driver)
+    assert row.value is not None
+    assert row.extra["ablation"].get("rescale_every", 0) == rescaled
+    assert ("rescale_every 1" in str(row.arithmetic)) == bool(rescaled)
+
+
+def test_an_ablation_that_is_not_to_be_had_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
+    about = ["--model", "tiny", "--backend", "numpy", "--quant", "fp32", "--device", "cpu", "--rescale-every", "2"]
+    assert ablate.main(about) == 3
+    assert capsys.readouterr().err.count("\n") == 1
