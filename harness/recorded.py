@@ -11,6 +11,9 @@ from harness.samples import Workload
 from harness.store import read
 from reference.schemes import SCHEMES
 
+#: Rows of hardware on which ``gpu-check`` has run, one file each.
+COMMITTED = Path(__file__).parents[1] / "reports" / "recorded"
+
 
 def recorded_rows(store: str | os.PathLike[str], hardware: str, schemes: Iterable[str] = ("all",)) -> list[Row]:
     """Recorded rows of a hardware, for schemes by name or class; a row that was imported twice comes once.
@@ -50,8 +53,13 @@ def known_workload(metric: str, prompt: int | None, output: int | None) -> Workl
 
 
 def _recorded(store: str | os.PathLike[str]) -> list[Row]:
-    path = Path(store)
-    return [row for row in read(path) if row.kind == "recorded"] if path.exists() else []
+    """Of the store, and of the files that come with this project; what was only rehearsed is nobody's figure."""
+    files = [path for path in (Path(store), *sorted(COMMITTED.glob("*.jsonl"))) if path.exists()]
+    return [row for path in files for row in read(path) if row.kind == "recorded" and not _rehearsed(row)]
+
+
+def _rehearsed(row: Row) -> bool:
+    return bool(row.extra.get("gpu_check", {}).get("rehearsal"))
 
 
 def _names(row: Row) -> set[str]:

@@ -6,12 +6,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import command_gpu_check
+from harness import command_gpu_check, recorded
 from harness.card import Card
 from harness.cli import main
 from harness.gpu_check import ablate, record, work
@@ -315,3 +316,27 @@ def test_an_ablation_that_is_not_to_be_had_exits_3(capsys: pytest.CaptureFixture
     about = ["--model", "tiny", "--backend", "numpy", "--quant", "fp32", "--device", "cpu", "--rescale-every", "2"]
     assert ablate.main(about) == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_committed_rows_are_recorded_rows_and_a_rehearsals_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "COMMITTED", tmp_path)
+    row = measured(verdict="PASS", value=1.0)
+    for number, rehearsal in enumerate((False, True)):
+        kept = record.kept(replace(row, run=f"r{number}"), "parity", {"rehearsal": rehearsal})
+        record.append(tmp_path / "h200.jsonl", kept)
+    found = recorded.recorded_rows(tmp_path / "no-store.jsonl", "h200")
+    assert [it.run for it in found] == ["r0"]
+    assert recorded.recorded_rows(tmp_path / "no-store.jsonl", "a800") == []
+
+
+def test_what_is_committed_can_be_read_and_names_its_driver() -> None:
+    """Of every file under reports/recorded: whole rows of one hardware, none of them a rehearsal's."""
+    for file in sorted(recorded.COMMITTED.glob("*.jsonl")):
+        rows = read(file)
+        assert {row.hardware for row in rows} == {file.stem}
+        assert all(row.kind == "recorded" and row.time for row in rows)
+        assert not any(row.extra["gpu_check"]["rehearsal"] for row in rows)
+        timed = [row for row in rows if row.value is not None and row.metric in ("prefill", "decode")]
+        assert all((row.hardware_detail or {}).get("driver") for row in timed if (row.device or "").startswith("cuda"))
