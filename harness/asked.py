@@ -10,14 +10,17 @@ from harness.measure import Sampling, Workload
 from harness.models import model_config
 from harness.options import UsageError
 from harness.plan import ALL, Cell, Request, memory_needed, plan
+from harness.samples import BUDGET_SECONDS, UNLIMITED
 
 #: Prompt tokens, decode tokens, repeats.
 DEFAULT = (256, 64, 7)
 QUICK = (64, 16, 3)
 
-#: Measuring one metric of one cell stops after this long, with no fewer samples than an interval needs.
-BUDGET_SECONDS = 20.0
+#: However little time there is, no fewer samples than an interval needs.
 INTERVAL_SAMPLES = 6
+
+#: Blocks that are taken again for disturbed ones and for warm-up, where nobody said how many samples to take.
+AGAIN = 3
 
 
 def requested(arguments: Namespace) -> Request:
@@ -26,6 +29,8 @@ def requested(arguments: Namespace) -> Request:
     if arguments.isolate is False and (arguments.timeout is not None or arguments.cpus is not None):
         option = "--timeout" if arguments.timeout is not None else "--cpus"
         raise UsageError(f"{option} needs a process of its own for each cell; leave out --in-process")
+    if arguments.isolate is False and arguments.command == "run" and arguments.fresh:
+        raise UsageError("--fresh needs a process of its own for each block; leave out --in-process")
     return Request(
         models=arguments.model,
         backends=arguments.backend,
@@ -33,9 +38,9 @@ def requested(arguments: Namespace) -> Request:
         hardware=arguments.hardware,
         devices=arguments.device,
         threads=arguments.threads,
-        workload=Workload(prompt, decode),
+        workload=Workload(prompt, decode, getattr(arguments, "batch", 1)),
         seed=arguments.seed,
-        isolate=arguments.isolate,
+        isolate=True if arguments.command == "run" and arguments.fresh else arguments.isolate,
         timeout=arguments.timeout,
         placement=arguments.cpus,
     )
@@ -46,7 +51,19 @@ def sampling_of(arguments: Namespace) -> Sampling | None:
     if arguments.command == "parity":
         return None
     repeats = _sizes(arguments)[2]
-    return Sampling(repeats, warmup=1, budget_s=BUDGET_SECONDS, minimum=min(repeats, INTERVAL_SAMPLES))
+    fixed = arguments.repeats is not None or arguments.quick
+    if arguments.precision is not None and arguments.repeats is None:
+        repeats = UNLIMITED
+    return Sampling(
+        repeats,
+        warmup=1,
+        budget_s=BUDGET_SECONDS if arguments.time_budget is None else arguments.time_budget / 2,
+        minimum=min(repeats, INTERVAL_SAMPLES),
+        precision=arguments.precision,
+        again=0 if fixed or arguments.precision is not None else AGAIN,
+        fresh=arguments.fresh,
+        seed=arguments.seed,
+    )
 
 
 def only_cell(arguments: Namespace) -> Cell:

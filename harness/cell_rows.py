@@ -11,14 +11,17 @@ from datetime import datetime, timezone
 from typing import Any
 
 from backends.index import LIBRARIES, load_backend
+from harness.blocks import Blocks, Kept
 from harness.checks import Check, worst
 from harness.hardware import describe
 from harness.measure import Samples, Sampling
 from harness.models import Model
 from harness.parity import Gate
 from harness.plan import Cell, Refused, Request
+from harness.resume import session
 from harness.roofline import weight_bytes
 from harness.rows import Row
+from harness.samples import BUDGET_SECONDS, UNLIMITED
 from harness.session import Opened, needs_isolation
 from harness.stats import derived
 from harness.timed_check import AGAINST_ITSELF
@@ -66,6 +69,7 @@ def base_row(cell: Cell, model: Model, job: Job) -> Row:
         weight_bytes=weight_bytes(config, cell.scheme, model.weights["emb.weight"].stored),
         command=reproduce(cell, job),
         reason="not run",
+        session=None if job.sampling is None else session(cell, model.sha256, job.request, job.sampling),
     )
 
 
@@ -86,7 +90,9 @@ def reproduce(cell: Cell, job: Job) -> str:
     words += ["--quant", cell.scheme, "--device", cell.hardware.device, "--threads", str(cell.threads)]
     if job.sampling:
         words += ["--prompt-tokens", str(work.prompt_tokens), "--decode-tokens", str(work.decode_tokens)]
-        words += ["--repeats", str(job.sampling.repeats)]
+        words += _sampling_words(job.sampling)
+    if work.batch > 1:
+        words += ["--batch", str(work.batch)]
     library = os.environ.get(LIBRARIES.get(cell.backend, ""))
     if library:
         words += ["--library", f"{cell.backend}={library}"]
@@ -99,6 +105,16 @@ def reproduce(cell: Cell, job: Job) -> str:
     if job.request.seed:
         words += ["--seed", str(job.request.seed)]
     return shlex.join([*words, *own])
+
+
+def _sampling_words(asked: Sampling) -> list[str]:
+    """Sampling as options."""
+    words = [] if asked.repeats == UNLIMITED else ["--repeats", str(asked.repeats)]
+    if asked.precision is not None:
+        words += ["--precision", f"{100 * asked.precision:g}%"]
+    if asked.budget_s not in (None, BUDGET_SECONDS):
+        words += ["--time-budget", f"{2 * (asked.budget_s or 0):g}"]
+    return [*words, "--fresh"] if asked.fresh else words
 
 
 def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
@@ -199,6 +215,37 @@ def sampled_row(base: Row, metric: str, samples: Samples, peak: int | None) -> R
         reason="token ids varied between repeats" if samples.ids_varied else None,
     )
     return derived(row)
+
+
+def measured_row(base: Row, metric: str, samples: Samples, found: Blocks, stopped: str, peak: int | None = None) -> Row:
+    """The row of a quantity that was measured in turns; ``samples`` are those of the last session only."""
+    kept = Kept.of(found)
+    samples = replace(
+        samples,
+        ns=kept.first_token_ns if metric == "time_to_first_token" else kept.ns,
+        steps=kept.steps if metric == "decode" else (),
+        stopped=stopped,
+        non_finite_at=found.non_finite_at or samples.non_finite_at,
+    )
+    row = sampled_row(base, metric, samples, peak)
+    if row.verdict != "PASS":
+        return row
+    warmup, sampling = kept.warmup_ns or None, found.sampling.to_dict()
+    row = replace(row, blocks=kept.blocks, sampling=sampling)
+    if metric != "time_to_first_token":
+        row = replace(row, warmup=warmup)
+    reasons = [text for text in (row.reason, _disturbed(kept)) if text]
+    return derived(replace(row, reason="; ".join(reasons) or None))
+
+
+def _disturbed(kept: Kept) -> str | None:
+    """How many blocks were disturbed, by what, and whether they count."""
+    why = [reason for reason in kept.why if reason is not None]
+    if not why:
+        return None
+    out = any(block.get("left_out") for block in kept.blocks)
+    fate = "left out" if out else "none left out, since too few would remain"
+    return f"{len(why)} of {len(kept.why)} blocks disturbed, {fate}: {why[0]}"
 
 
 def arithmetic_text(opened: Opened) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.cache import state_folder
 from harness.plan import Cell
-from harness.progress import Progress
+from harness.progress import ENDED, Progress
 from harness.rows import Row
 from harness.store import StoreError, append, check_writable
 
@@ -25,26 +25,38 @@ class Collector:
         self._progress = progress
         self._summary = summary
         self._cell: Cell | None = None
-        self._since = 0
+        self._of: dict[Cell, list[Row]] = {}
 
     def tell(self, cell: Cell, phase: str) -> None:
-        """A cell starts or goes on to its next phase."""
-        if cell != self._cell:
-            self.finish_cell()
-            self._cell, self._since = cell, len(self.rows)
+        """What a cell, of those that may be at work in turns, is doing; ENDED: it will do no more."""
+        self._cell = cell
         self._progress.tell(cell, phase)
+        if phase == ENDED:
+            self._finish(cell)
 
     def add(self, row: Row, named: bool) -> None:
-        """Store one row; ``named``: its cell was asked for by name."""
+        """Store one row of the cell told last; ``named``: its cell was asked for by name."""
         append(self.store, row)
         self.rows.append(row)
         self.named.append(named)
+        if self._cell is not None:
+            self._of.setdefault(self._cell, []).append(row)
 
-    def finish_cell(self) -> None:
-        """Tell the result of the cell at work, if it has any."""
-        if self._cell is not None and len(self.rows) > self._since:
-            self._progress.done(self._summary(self.rows[self._since :]))
-        self._cell = None
+    def take_over(self, rows: Sequence[Row], named: bool) -> None:
+        """Put rows that an earlier run has stored before those of this one."""
+        self.rows[:0] = rows
+        self.named[:0] = [named] * len(rows)
+
+    def finish(self) -> None:
+        """Tell the results of the cells that have any and have not ended."""
+        for cell in list(self._of):
+            self._progress.tell(cell, ENDED)
+            self._finish(cell)
+
+    def _finish(self, cell: Cell) -> None:
+        rows = self._of.pop(cell, [])
+        if rows:
+            self._progress.done(self._summary(rows))
 
 
 def store_path(option: str | None, make: bool = True) -> Path:

@@ -9,6 +9,9 @@ from backends.api import Session
 from harness.isolation.child import alone
 from harness.measure import Samples, Sampling, measure_decode, measure_first_call, measure_prefill
 from harness.memory import MemorySpan
+from harness.noise import NoiseWatch
+from harness.samples import Taken
+from harness.turns import Turns
 
 #: Called between samples with what has been taken so far.
 Tell = Callable[[str], None]
@@ -28,6 +31,15 @@ class Meter(Protocol):
     ) -> Samples:
         """``n`` greedy steps after the prompt."""
 
+    def begin(self, what: str, prompt: Sequence[int], n: int = 0, device: str = "cpu") -> int:
+        """Start on ``prefill`` or ``decode`` of ``n`` steps; nanoseconds of the first sample, which is not counted."""
+
+    def turn(self, what: str, count: int, settle: bool) -> Taken:
+        """``count`` samples of what was begun; ``settle``: another session was measured in between."""
+
+    def end(self, what: str) -> Samples:
+        """All samples of what was begun, with what is needed to check them."""
+
     def peak_bytes(self) -> int | None:
         """Growth of resident memory since before load, or since :meth:`forget`."""
 
@@ -44,6 +56,7 @@ class HereMeter:
     def __init__(self) -> None:
         self._span = MemorySpan()
         self.session: Session | None = None
+        self._turns: dict[str, Turns] = {}
 
     def first_call(self, prompt: Sequence[int]) -> Samples:
         with alone(None):
@@ -58,6 +71,18 @@ class HereMeter:
     ) -> Samples:
         with alone(None):
             return measure_decode(self._loaded(), prompt, n, sampling, driver=driver, tell=tell)
+
+    def begin(self, what: str, prompt: Sequence[int], n: int = 0, device: str = "cpu") -> int:
+        turns = self._turns[what] = Turns(self._loaded(), NoiseWatch(device))
+        with alone(None):
+            return turns.begin(what, prompt, n)
+
+    def turn(self, what: str, count: int, settle: bool) -> Taken:
+        with alone(None):
+            return self._turns[what].turn(count, settle)
+
+    def end(self, what: str) -> Samples:
+        return self._turns[what].end()
 
     def peak_bytes(self) -> int | None:
         return self._span.peak().growth_bytes

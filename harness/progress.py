@@ -10,6 +10,9 @@ from typing import TextIO
 
 from harness.plan import Cell
 
+#: The phase of a cell that will do no more.
+ENDED = ""
+
 
 class Progress:
     """Shows results as they come; with ``live`` also the cell and the phase at work.
@@ -21,7 +24,7 @@ class Progress:
         self._stream = stream
         self._cells = cells
         self._cell: Cell | None = None
-        self._index = 0
+        self._done = 0
         self._began = time.monotonic()
         self._bar = _Bar(stream, len(cells)) if live and cells else None
 
@@ -37,16 +40,16 @@ class Progress:
 
     def tell(self, cell: Cell, phase: str) -> None:
         """``cell`` is now doing ``phase``."""
-        if cell != self._cell:
-            self._cell, self._index = cell, self._index + 1
-        if self._bar is not None:
-            self._bar.show(self._index, f"{self._label(cell)}: {phase}")
+        self._cell = cell
+        if self._bar is not None and phase != ENDED:
+            self._bar.show(self._done, f"{self._label(cell)}: {phase}")
 
     def done(self, text: str) -> None:
-        """The cell at work has ended with the result ``text``; stays on the screen."""
+        """The cell told last has ended with the result ``text``; stays on the screen."""
         seconds = time.monotonic() - self._began
+        self._done += 1
         label = "" if self._cell is None else self._label(self._cell)
-        line = f"[{self._index}/{len(self._cells)}, {seconds:.0f} s] {label}: {text}"
+        line = f"[{self._done}/{len(self._cells)}, {seconds:.0f} s] {label}: {text}"
         with suppress(OSError):
             if self._bar is not None:
                 self._bar.print(line)
@@ -84,8 +87,8 @@ class _Bar:
         self._task = self._progress.add_task("", total=total)
         self._progress.start()
 
-    def show(self, index: int, text: str) -> None:
-        self._progress.update(self._task, completed=index - 1, description=text)
+    def show(self, done: int, text: str) -> None:
+        self._progress.update(self._task, completed=done, description=text)
 
     def print(self, line: str) -> None:
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

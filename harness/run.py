@@ -107,12 +107,11 @@ def _visit(group: Sequence[CellWork], turns: int | None, number: int) -> None:
     """Load the cells of a group, let them take their turns, close them."""
     with ExitStack() as stack:
         for work in group:
+            work.company = len(group) > 1
             work.guarded(partial(work.load, stack))
             if work.ended:
                 work.tell(ENDED)
         inside = [work for work in group if not work.ended]
-        for work in inside:
-            work.company = len(inside) > 1
         if any(work.costly for work in inside) and not any(work.fresh for work in inside):
             turns = None
         for what in (PREFILL, DECODE):

@@ -19,8 +19,15 @@ TIME_BUDGET = "time budget"
 SINGLE_CALL = "single call"  # a first call cannot be repeated
 PRECISION_REACHED = "precision reached"
 INTERRUPTED = "interrupted"
+CELL_ENDED = "cell ended"  # by a crash, a hang or an exception
 
 LOOP, GREEDY = "loop", "greedy"
+
+#: Measuring one metric of one cell stops after this long, unless asked otherwise.
+BUDGET_SECONDS = 20.0
+
+#: Samples where precision decides: as good as no limit.
+UNLIMITED = 10_000
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,8 @@ class Samples:
     tokens          tokens processed in each sample
     ns              one time per sample
     warmup_ns       times of the warm-up samples, for whoever asks if it was long enough
-    stopped         why measuring ended: ``repeats reached``, ``time budget``, ``single call``, ``precision reached``
-                    or ``interrupted``
+    stopped         why measuring ended: ``repeats reached``, ``time budget``, ``single call``, ``precision reached``,
+                    ``interrupted`` or ``cell ended``
     driver          decode only: ``loop`` over forward, or the backend's own ``greedy``
     first_token_ns  prefill only: prompt to token id, taken in the same samples as ``ns``
     steps           ``loop`` only: per sample, the time of each step; they sum to ``ns``

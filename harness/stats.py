@@ -167,9 +167,12 @@ def disturbed(row: Row) -> tuple[int, int]:
 
 
 def interval_of_looks(samples: Sequence[float]) -> tuple[float, float] | None:
-    """The interval at the last of :data:`LOOKS` that so many samples have passed; None before the first."""
+    """The interval at the last of :data:`LOOKS` that so many samples have passed.
+
+    Where time was up before the first, nothing was looked at and the usual interval holds.
+    """
     passed = [n for n in LOOKS if n <= len(samples)]
-    return median_interval(samples[: passed[-1]], LOOK_CONFIDENCE) if passed else None
+    return median_interval(samples[: passed[-1]], LOOK_CONFIDENCE) if passed else median_interval(samples)
 
 
 def half_width(samples: Sequence[float], interval: tuple[float, float]) -> float:

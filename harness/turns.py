@@ -18,7 +18,7 @@ from harness.samples import LOOP, Samples, Taken
 PREFILL, DECODE = "prefill", "decode"
 
 #: A call that takes longer than this is not made only to settle.
-SETTLING_NS = 100_000_000
+SETTLING_NS = 20_000_000
 
 
 class Turns:

@@ -22,6 +22,12 @@ _NEEDED: Mapping[str, Sequence[str]] = {
     "first_call": ("samples",),
     "prefill": ("samples",),
     "decode": ("samples",),
+    "prefill_begin": ("ns",),
+    "decode_begin": ("ns",),
+    "prefill_turn": ("taken",),
+    "decode_turn": ("taken",),
+    "prefill_end": ("samples",),
+    "decode_end": ("samples",),
     "peak": ("growth",),
     "rates": ("read_bytes_per_s", "flops", "last_level_bytes"),
 }

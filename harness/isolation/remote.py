@@ -20,11 +20,16 @@ from harness.isolation.answers import check_answer
 from harness.isolation.child import CLOSING_SECONDS, Child, ChildDied, alone
 from harness.isolation.frames import sendable
 from harness.measure import MeasureError, Samples, Sampling
+from harness.samples import Taken
 from reference import errors
 from reference.errors import InputError
 
 #: Stands, in what a host tells of a worker that has died, for what only the near side knows.
 DOING = "{doing}"
+
+
+#: Seconds that measuring the machine's own rates may take: a runtime is imported for it, and its device woken.
+PROBING_SECONDS = 180.0
 
 
 class RemoteError(Exception):
@@ -106,10 +111,16 @@ class Line:
             freed, self._dropped = self._dropped, []
             self._asking = True
             try:
-                with self.child.waiting(do.replace("_", " "), CLOSING_SECONDS if do == "close" else None):
+                with self.child.waiting(do.replace("_", " "), self._limit(do)):
                     yield freed
             finally:
                 self._asking = False
+
+    def _limit(self, do: str) -> float | None:
+        """Seconds without a sign of life; ``None``: as long as the backend may take."""
+        if do == "rates":  # not the backend's work, so its limit, which may be short, says nothing of it
+            return max(self.child.timeout, PROBING_SECONDS)
+        return CLOSING_SECONDS if do == "close" else None
 
     def open(self, tell: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
         """Load a model; what the far side says of the session."""
@@ -233,6 +244,19 @@ class RemoteMeter:
         driver: str | None = None,
     ) -> Samples:
         return self._samples("decode", tell, prompt=_ids(prompt), n=n, sampling=asdict(sampling), driver=driver)
+
+    def begin(self, what: str, prompt: Sequence[int], n: int = 0, device: str = "cpu") -> int:
+        with alone(self._line.child):
+            answer, _ = self._line.ask(f"{what}_begin", prompt=_ids(prompt), n=n, device=device)
+        return int(answer["ns"])
+
+    def turn(self, what: str, count: int, settle: bool) -> Taken:
+        with alone(self._line.child):
+            answer, _ = self._line.ask(f"{what}_turn", count=count, settle=settle)
+        return Taken.from_dict(answer["taken"])
+
+    def end(self, what: str) -> Samples:
+        return self._samples(f"{what}_end", None)
 
     def peak_bytes(self) -> int | None:
         answer, _ = self._line.ask("peak")

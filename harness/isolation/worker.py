@@ -52,7 +52,9 @@ from harness.measure import (
     timed_load,
 )
 from harness.memory import MemorySpan
+from harness.noise import NoiseWatch
 from harness.samples import Samples, Sampling
+from harness.turns import DECODE, PREFILL, Turns
 from reference import errors
 from reference.errors import InputError
 
@@ -99,6 +101,7 @@ class Worker:
         self._session: Any = None
         self._span: MemorySpan | None = None
         self._states: dict[int, Any] = {}
+        self._turns: dict[str, Turns] = {}
         self._count = 0
         self._asked = 0
 
@@ -221,6 +224,28 @@ class Worker:
         if device != "cpu":
             return measure_device(device), ()
         return measure_cpu(threads, facts().cpu.last_level_bytes or 0), ()
+
+    def do_prefill_begin(self, prompt: Sequence[int], n: int, device: str) -> Answer:
+        return self._begin(PREFILL, prompt, n, device)
+
+    def do_prefill_turn(self, count: int, settle: bool) -> Answer:
+        return {"taken": self._turns[PREFILL].turn(count, settle).to_dict()}, ()
+
+    def do_prefill_end(self) -> Answer:
+        return self._measured(self._turns[PREFILL].end())
+
+    def do_decode_begin(self, prompt: Sequence[int], n: int, device: str) -> Answer:
+        return self._begin(DECODE, prompt, n, device)
+
+    def do_decode_turn(self, count: int, settle: bool) -> Answer:
+        return {"taken": self._turns[DECODE].turn(count, settle).to_dict()}, ()
+
+    def do_decode_end(self) -> Answer:
+        return self._measured(self._turns[DECODE].end())
+
+    def _begin(self, what: str, prompt: Sequence[int], n: int, device: str) -> Answer:
+        turns = self._turns[what] = Turns(self._session, NoiseWatch(device))
+        return {"ns": turns.begin(what, prompt, n)}, ()
 
     def do_peak(self) -> Answer:
         """Growth of resident memory since load, in bytes."""

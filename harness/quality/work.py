@@ -27,7 +27,7 @@ from harness.quality.passage import Passage, passage_of, whole_segments
 from harness.quality.rows import Demand, failed_lambada, failed_rows, lambada_row, score_rows
 from harness.quality.scores import score
 from harness.rows import Row, RowError
-from harness.run import GATE_TOKENS, Emit, Tell, apart_of, failure_row
+from harness.run import ENDED, GATE_TOKENS, Emit, Tell, apart_of, failure_row
 from harness.session import Opened, open_session
 from harness.store import StoreError
 from harness.without_codec import NotComparable, has_codec, quality, truth_for
@@ -63,6 +63,7 @@ def run(cells: Plan, job: Job, asked: Asked, emit: Emit, tell: Tell) -> None:
         texts = opened[cell.model]
         by_name = job.request.explicit or asked.names(cell)
         _run_cell(cell, texts, job, partial(_with, emit, by_name), tell)
+        tell(cell, ENDED)
 
 
 def _with(emit: Emit, by_name: bool, row: Row) -> None:

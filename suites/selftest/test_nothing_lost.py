@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from harness import meter
 from harness.collect import Collector
 from harness.interrupt import terminable
+from harness.measure import DecodeTimer
 from harness.progress import Progress
 from harness.rows import Row
+from harness.samples import Taken
 from harness.store import StoreError, read
+from harness.turns import Turns
 from suites.selftest.conftest import Done
 
 Bench = Callable[..., Done]
@@ -33,10 +35,14 @@ def quick(small: str) -> tuple[str, ...]:
 
 
 def stop_decode(monkeypatch: pytest.MonkeyPatch, stop: Callable[[], Any]) -> None:
-    def measure_decode(*_: Any, **__: Any) -> None:
-        stop()
+    turn = Turns.turn
 
-    monkeypatch.setattr(meter, "measure_decode", measure_decode)
+    def stopped(self: Turns, count: int, settle: bool) -> Taken:
+        if isinstance(self._timer, DecodeTimer):
+            stop()
+        return turn(self, count, settle)
+
+    monkeypatch.setattr(Turns, "turn", stopped)
 
 
 def interrupt() -> None:

@@ -142,9 +142,3 @@ def test_every_command_of_the_readme_can_be_typed() -> None:
 )
 def test_the_format_follows_the_name_of_the_output(argv: str, kind: str) -> None:
     assert output_format(parse(shlex.split(argv))) == kind
-
-
-@pytest.mark.parametrize("argv", [["compare"], ["run", "--resume"], ["recommend"]])
-def test_what_the_design_has_and_this_version_has_not_is_answered_by_name(argv: list[str]) -> None:
-    with pytest.raises(NotInThisVersion, match="is not in this version"):
-        parse(argv)

@@ -1,0 +1,102 @@
+"""What went wrong with a cell, as its rows say it: exceptions, failing checks, and the bundle they leave."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from backends.api import Unavailable, Unsupported
+from backends.index import LIBRARIES
+from harness import inventory
+from harness.bundle import save_bundle
+from harness.cell_rows import Job, reproduce
+from harness.checks import Check
+from harness.isolation.child import ChildDied, ChildTimedOut
+from harness.isolation.remote import RemoteError
+from harness.measure import MeasureError
+from harness.models import Model
+from harness.names import one_line
+from harness.parity import Gate
+from harness.plan import Cell
+from harness.rows import Row
+from harness.session import Apart, Opened
+from harness.tolerance import Truth
+from harness.trace_point import first_bad_point
+from harness.without_codec import NotComparable, has_codec
+from reference.errors import CheckpointError, InputError
+from reference.schemes import apply
+
+
+def failure_row(error: Exception, base: Row, cell: Cell, job: Job, metric: str) -> Row:
+    """What an exception of a cell comes to; ``metric`` is what a row would have been about.
+
+    A library of the user's that is none, or another model's, is bad input: the row names it in ``first_bad``.
+    """
+    verdict, reason = verdict_of(error, cell, job)
+    library = os.environ.get(LIBRARIES.get(cell.backend, ""), "")
+    named = isinstance(error, CheckpointError) and bool(library)  # the model itself was opened before
+    return replace(
+        base,
+        metric="parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else metric,
+        unit="",
+        verdict=verdict,
+        reason=one_line(reason),
+        first_bad={"library": library} if named else None,
+    )
+
+
+def apart_of(cell: Cell, job: Job) -> Apart | None:
+    request = job.request
+    host = inventory.load().hosts[cell.hardware.host] if cell.hardware.host else None
+    if host is None and request.timeout is None and request.placement is None:
+        return None
+    return Apart(request.timeout, request.placement, host)
+
+
+def verdict_of(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
+    """What an exception of a cell makes of it, and why."""
+    if isinstance(error, Unavailable):
+        return "UNAVAILABLE", str(error)
+    if isinstance(error, (Unsupported, InputError)):
+        return "UNSUPPORTED", str(error)
+    if isinstance(error, (MeasureError, NotComparable)):
+        return "FAIL", str(error)
+    if isinstance(error, ChildTimedOut):
+        return "TIMEOUT", str(error)
+    if isinstance(error, ChildDied):
+        return "CRASHED", str(error)
+    remote = isinstance(error, RemoteError)
+    lines = error.traceback if isinstance(error, RemoteError) else traceback.format_exc()
+    where = save_bundle(job.run, str(cell), {"traceback": lines})
+    what = one_line(str(error) if remote else f"{type(error).__name__}: {error}").rstrip(": ")
+    return "CRASHED", f"{what}; traceback in {where}"
+
+
+def first_bad(checks: Sequence[Check]) -> Check | None:
+    return next((check for check in checks if not check.passed), None)
+
+
+def explained(row: Row, cell: Cell, model: Model, job: Job, opened: Opened, truth: Truth, found: Gate) -> Row:
+    """A failing parity row with the trace point where it begins, if the backend shows any, and its bundle."""
+    known = has_codec(cell.scheme)
+    stored = apply(model.weights, cell.scheme) if known else None
+    point = None if stored is None else first_bad_point(opened.session, stored, opened.arithmetic, truth.tokens)
+    where = f"; {point}" if point else ""
+    shown = {**(row.first_bad or {}), "point": point.name if point else None}
+    bundle = _bundle(cell, job, opened, truth, found)
+    return replace(row, reason=f"{row.reason}{where}; bundle {bundle}", first_bad=shown)
+
+
+def _bundle(cell: Cell, job: Job, opened: Opened, truth: Truth, found: Gate) -> str:
+    """What a failing cell leaves behind: the prompt, truth, what the backend gave, and every check."""
+    content: dict[str, Any] = {
+        "checks": "\n".join(str(check) for check in (*found.logits, *found.state)),
+        "command": reproduce(cell, job),
+        "tokens": list(truth.tokens),
+        "truth_logits": truth.logits,
+        "truth_state": truth.state,
+    }
+    return os.fspath(save_bundle(job.run, str(cell), content, opened.session, truth.tokens))
