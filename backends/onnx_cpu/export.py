@@ -13,7 +13,7 @@ from reference.weights import Weights
 MODEL, WEIGHTS = "model.onnx", "weights.bin"
 
 #: Raise it when the same weights are exported into other files.
-_EXPORT = 2
+_EXPORT = 3
 
 
 def exported(checkpoint: Weights, scheme: str) -> Path:

@@ -6,7 +6,8 @@
     outputs  logits float32 (1, positions, V); new_state like state
 
 Arrays are (1, T, C). Matrix products run over all T tokens at once; only WKV asks whether T is 1, and goes
-through a loop (Scan) where it is not.
+through a loop (Scan) where it is not. A node costs a step about as much as its arithmetic: aa and bb, rows that follow
+each other, stay one array, to which v and 1 are added.
 
 The symbols are those of reference/forward.py. The order of roundings differs, not the function:
 
@@ -29,7 +30,7 @@ from backends.onnx_cpu.graph_file import Graph, Value, WeightFile
 from backends.onnx_cpu.schemes import Kept
 from reference.codecs_onnx import OnnxBlocks, OnnxPacked
 from reference.config import is_matrix
-from reference.forward import AA, ATT_X, BB, FFN_X, LN_EPS, PP
+from reference.forward import LN_EPS
 from reference.tensor_file import release
 from reference.weights import Tensor, Weights
 
@@ -37,6 +38,9 @@ _LARGEST = 60.0
 _GATES = {"att.": "kvr", "ffn.": "kr"}
 _FLOAT, _INT64 = TensorProto.FLOAT, TensorProto.INT64
 _END = 1 << 31
+
+#: What bb adds where aa adds v, a tensor of the weight file.
+_ONE = "one"
 
 
 #: Weights quantized at a time, which bounds the memory of what lies between.
@@ -63,6 +67,7 @@ def write_weights(weights: Weights, kept: Kept, file: WeightFile) -> None:
         for part, gates in _GATES.items():
             at = f"blocks.{i}.{part}time_mix_"
             file.add(at + gates, np.stack([_float32(weights[at + gate]) for gate in gates])[:, None])
+    file.add(_ONE, np.ones((1, 1, weights.config.n_embd), np.float32))
 
 
 def _float32(tensor: Tensor) -> np.ndarray:
@@ -93,13 +98,12 @@ def _halves(packed: OnnxPacked) -> dict[str, np.ndarray]:
 
 
 class Mixed(NamedTuple):
-    """What WKV takes, each ``(1, T, C)``; the past sums ``(1, 1, C)``."""
+    """What WKV takes, each ``(1, T, C)``; of the past the sums aa and bb ``(1, 2, C)``, and pp ``(1, 1, C)``."""
 
     k: str
     v: str
     r: str
-    aa: str
-    bb: str
+    sums: str
     pp: str
 
 
@@ -114,8 +118,12 @@ class Network:
         """Build it and write it."""
         graph, layers = self._graph, self._config.n_layer
         rows = 5 * layers
-        graph.op("Equal", graph.op("Size", "tokens"), graph.integer(1), to="one_token")
-        state = graph.ops("Split", "state", graph.integers(*[1] * rows), to=[""] * rows, attributes={"axis": 1})
+        count = graph.op("Size", "tokens")
+        graph.op("Equal", count, graph.integer(1), to="one_token")
+        count = graph.op("Reshape", count, graph.integers(1))
+        graph.op("Concat", count, graph.integers(1), to="all_and_last", attributes={"axis": 0})
+        parts = graph.integers(*[1, 1, 2, 1] * layers)  # ffn_x, att_x, aa and bb, pp
+        state = graph.ops("Split", "state", parts, to=[""] * (4 * layers), attributes={"axis": 1})
         x = graph.op("Gather", graph.weight("emb.weight"), "tokens")
         if self._weights["emb.weight"].stored == "f16":
             x = graph.op("Cast", x, attributes={"to": _FLOAT})
@@ -123,10 +131,10 @@ class Network:
         h = self._norm(x, "blocks.0.ln1")
         new: list[str] = []
         for i in range(layers):
-            past = state[5 * i : 5 * i + 5]
+            past_ffn_x, *past = state[4 * i : 4 * i + 4]
             out, att_x, sums = self._time_mix(h, f"blocks.{i}.att.", past)
             x, h = self._added_norm(x, out, f"blocks.{i}.ln2")
-            out, ffn_x = self._channel_mix(h, f"blocks.{i}.ffn.", past[FFN_X])
+            out, ffn_x = self._channel_mix(h, f"blocks.{i}.ffn.", past_ffn_x)
             x, h = self._added_norm(x, out, f"blocks.{i + 1}.ln1" if i + 1 < layers else "ln_out")
             new += [ffn_x, att_x, *sums]
         graph.op("Concat", *new, to="new_state", attributes={"axis": 1})
@@ -140,15 +148,16 @@ class Network:
         )
 
     def _time_mix(self, h: str, at: str, past: Sequence[str]) -> tuple[str, str, list[str]]:
-        """What is added to the residual stream; new att_x; new aa, bb, pp."""
-        mixed, att_x = self._shift(h, past[ATT_X], at)
+        """What is added to the residual stream; new att_x; new sums and pp. ``past``: the old ones, in this order."""
+        past_att_x, *past_sums = past
+        mixed, att_x = self._shift(h, past_att_x, at)
         k, v, r = (self._linear(x, f"{at}{name}.weight") for x, name in zip(mixed, ("key", "value", "receptance")))
-        inputs = Mixed(k, v, r, past[AA], past[BB], past[PP])
+        inputs = Mixed(k, v, r, *past_sums)
         branches = {
             "then_branch": _step(self._graph.inner(at + "step."), inputs, at),
             "else_branch": _loop(self._graph.inner(at + "loop."), inputs, at, self._config.n_embd),
         }
-        y, *sums = self._graph.ops("If", "one_token", to=[""] * 4, attributes=branches)
+        y, *sums = self._graph.ops("If", "one_token", to=[""] * 3, attributes=branches)
         return self._linear(y, at + "output.weight"), att_x, sums
 
     def _channel_mix(self, h: str, at: str, past: str) -> tuple[str, str]:
@@ -164,10 +173,9 @@ class Network:
         """The mixed input of every gate; the last token's h."""
         graph, gates = self._graph, _GATES[at[-4:]]
         all_h = graph.op("Concat", past, h, attributes={"axis": 1})
-        before = graph.op("Slice", all_h, *map(graph.integers, (0, -1, 1)))
+        before, last = graph.ops("Split", all_h, "all_and_last", to=["", ""], attributes={"axis": 1})
         mixed = graph.op("Mul", graph.op("Sub", h, before), graph.weight(f"{at}time_mix_{gates}"))
         mixed = graph.op("Add", mixed, before)
-        last = graph.op("Slice", h, *map(graph.integers, (-1, _END, 1)))
         return graph.ops("Split", mixed, to=[""] * len(gates), attributes={"axis": 0}), last
 
     def _norm(self, x: str, at: str) -> str:
@@ -208,14 +216,17 @@ def _step(graph: Graph, of: Mixed, at: str) -> Any:
     faded = op("Sub", of.pp, graph.weight(at + "time_decay"))
     pp = op("Max", faded, of.k)
     decay, gain = op("Exp", op("Sub", faded, pp)), op("Exp", op("Sub", of.k, pp))
-    aa = op("Add", op("Mul", decay, of.aa), op("Mul", gain, of.v))
-    bb = op("Add", op("Mul", decay, of.bb), gain)
-    return graph.body([], _any_rank(_output(graph, of, at), aa, bb, pp))
+    added = op("Concat", of.v, graph.weight(_ONE), attributes={"axis": 1})
+    sums = op("Add", op("Mul", decay, of.sums), op("Mul", gain, added))
+    with_this = op("Add", op("Mul", _old(graph, of, at), of.sums), added)
+    above, below = graph.ops("Split", with_this, to=["", ""], attributes={"axis": 1})
+    return graph.body([], _any_rank(op("Mul", op("Sigmoid", of.r), op("Div", above, below)), sums, pp))
 
 
 def _loop(graph: Graph, of: Mixed, at: str, width: int) -> Any:
     """Branch for many tokens. What does not depend on the token before is out of the loops, which take rows of one."""
     op, ops, w = graph.op, graph.ops, graph.weight(at + "time_decay")
+    past_aa, past_bb = ops("Split", of.sums, to=["", ""], attributes={"axis": 1})
     rows = graph.integers(-1, 1, 1, width)
     k, v, r, past_pp = (op("Reshape", x, rows) for x in (of.k, of.v, of.r, of.pp))
     body = _largest(graph.inner(at + "pp."), w, width)
@@ -227,19 +238,19 @@ def _loop(graph: Graph, of: Mixed, at: str, width: int) -> Any:
     added = op("Mul", gain, v)
     body = _sums(graph.inner(at + "sums."), width)
     loop = {"body": body, "num_scan_inputs": 3}
-    aa, bb, *sums = ops("Scan", of.aa, of.bb, decay, added, gain, to=[""] * 4, attributes=loop)
-    y = _output(graph, Mixed(k, v, r, sums[0], sums[1], before), at)
-    return graph.body([], _any_rank(op("Reshape", y, graph.integers(1, -1, width)), aa, bb, pp))
+    aa, bb, *sums = ops("Scan", past_aa, past_bb, decay, added, gain, to=[""] * 4, attributes=loop)
+    old = _old(graph, Mixed(k, v, r, "", before), at)
+    above = op("Add", op("Mul", old, sums[0]), v)
+    below = op("Add", op("Mul", old, sums[1]), graph.scalar(1))
+    y = op("Reshape", op("Mul", op("Sigmoid", r), op("Div", above, below)), graph.integers(1, -1, width))
+    return graph.body([], _any_rank(y, op("Concat", aa, bb, attributes={"axis": 1}), pp))
 
 
-def _output(graph: Graph, of: Mixed, at: str) -> str:
-    """r times WKV, from the sums before the token."""
+def _old(graph: Graph, of: Mixed, at: str) -> str:
+    """What the sums before the token count for where the token itself counts for 1."""
     op = graph.op
     s = op("Sub", of.pp, op("Add", of.k, graph.weight(at + "time_first")))
-    old = op("Exp", op("Min", s, graph.scalar(_LARGEST)))
-    above = op("Add", op("Mul", old, of.aa), of.v)
-    below = op("Add", op("Mul", old, of.bb), graph.scalar(1))
-    return op("Mul", op("Sigmoid", of.r), op("Div", above, below))
+    return op("Exp", op("Min", s, graph.scalar(_LARGEST)))
 
 
 def _largest(body: Graph, w: str, width: int) -> Any:
