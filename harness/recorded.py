@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from harness.rows import Row, identity
@@ -59,7 +59,8 @@ def _recorded(store: str | os.PathLike[str]) -> list[Row]:
 
 
 def _rehearsed(row: Row) -> bool:
-    return bool(row.extra.get("gpu_check", {}).get("rehearsal"))
+    told = row.extra.get("gpu_check")
+    return isinstance(told, Mapping) and bool(told.get("rehearsal"))
 
 
 def _names(row: Row) -> set[str]:
