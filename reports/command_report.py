@@ -58,8 +58,9 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -
     found = chosen(arguments)
     tell(f"{len(found.rows)} rows")
     title = arguments.title or "RWKV-4 results"
-    quiet = kind == "html"  # the page itself says what was noticed
-    return Outcome(_rendered(found, kind, title), PASSED, () if quiet else found.said)
+    if kind in ("html", "md"):  # which say themselves what was noticed
+        return Outcome(_rendered(found, kind, title), PASSED)
+    return Outcome(_rendered(found, kind, title), PASSED, (*found.said, *_earlier(found, kind)))
 
 
 def chosen(arguments: argparse.Namespace) -> Results:
@@ -87,7 +88,7 @@ def chosen(arguments: argparse.Namespace) -> Results:
 
 
 def _rendered(found: Results, kind: str, title: str) -> str | bytes:
-    from reports.cells import cells
+    from reports.cells import cells, ordered
 
     if kind == "html":
         from reports.page_html import page
@@ -103,7 +104,19 @@ def _rendered(found: Results, kind: str, title: str) -> str | bytes:
         return markdown_report(found, title)
     from reports.output import formatted
 
-    return formatted(found.rows, kind, _width() if kind == "table" else None)
+    if kind == "table":
+        return formatted([row for cell in ordered(cells(found.rows)) for row in cell.rows], kind, _width())
+    return formatted(found.rows, kind)
+
+
+def _earlier(found: Results, kind: str) -> tuple[str, ...]:
+    """That a table shows the newest run of each cell, where there are others."""
+    from reports.cells import cells
+
+    runs = {row.run for cell in cells(found.rows) for rows in cell.earlier for row in rows}
+    if kind != "table" or not runs:
+        return ()
+    return (f"each cell's newest run is shown; html, png and jsonl have {len(runs)} earlier too",)
 
 
 def _check(arguments: argparse.Namespace, kind: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from harness.rows import Row
 from reports.cells import ENDED, NOT_RUN, Cell, machine_of
-from reports.digits import number, small
+from reports.digits import number
 from reports.points import pareto
 from reports.row_fields import device_bytes
 
@@ -163,8 +163,8 @@ def _above(row: Row | None, most: float) -> str:
     if high <= most:
         return ""
     if row.value <= most:
-        return f"KL {small(row.value)}, but its interval ends at {small(high)}, over {small(most)}"
-    return f"KL {small(row.value)}, over {small(most)}"
+        return f"KL {row.value:.3g}, but its interval ends at {high:.3g}, over {most:g}"
+    return f"KL {row.value:.3g}, over {most:g}"
 
 
 def _aimless(found: Candidate, aim: str) -> str:

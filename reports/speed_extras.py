@@ -29,12 +29,13 @@ def extra_columns(cells: Sequence[Sequence[Row]], shown: Sequence[bool]) -> dict
     return {name: texts for name, texts in found.items() if any(texts)}
 
 
-def noise_notes(cells: Sequence[Sequence[Row]]) -> list[str]:
-    """How many blocks were left out of all figures for a disturbance, why, and which rest on disturbed ones."""
+def extra_notes(cells: Sequence[Sequence[Row]]) -> list[str]:
+    """What the roofline is of; how many blocks were left out for a disturbance, why; what rests on disturbed ones."""
+    known = any(row.roofline_fraction is not None for cell in cells for row in cell)
     rows = [row for cell in cells for row in cell if row.blocks]
     total = sum(len(row.blocks or ()) for row in rows)
     out = sum(map(left_out, rows))
-    notes = []
+    notes = ["roofline: prefill as a share of the matrix rate / decode of read bandwidth"] if known else []
     if out:
         why = Counter(_reason(block) for row in rows for block in row.blocks or () if block.get("left_out"))
         reasons = ", ".join(f"{n} {reason}" for reason, n in why.most_common())

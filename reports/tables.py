@@ -13,7 +13,7 @@ from reports.claims import columns, notes
 from reports.digits import number as number
 from reports.digits import seconds
 from reports.digits import small as small
-from reports.speed_extras import ROOFLINE, SLOW_STEP, extra_columns, noise_notes
+from reports.speed_extras import ROOFLINE, SLOW_STEP, extra_columns, extra_notes
 from reports.sweep_table import SweepLines, sweep_lines
 
 #: Fields that are one line of raw data too many for a spreadsheet; the JSON formats have them.
@@ -71,7 +71,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
         (*(shared_key(group, key) for key in keys), *_figures(group, timed), *(texts[i] for texts in more.values()))
         for i, group in enumerate(cells)
     ]
-    return Table(title_of(rows, shared), (*header, *more), tuple(lines), (*noise_notes(cells), *_notes(cells)))
+    return Table(title_of(rows, shared), (*header, *more), tuple(lines), (*extra_notes(cells), *_notes(cells)))
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

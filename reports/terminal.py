@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich import box
 from rich.cells import cell_len
@@ -20,12 +22,17 @@ _STYLES = {"PASS": "green", "FAIL": "bold red", "CRASHED": "bold red", "TIMEOUT"
 _GAP = 2
 
 
+#: What would move the cursor, begin a line or give a terminal orders.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
 def render(table: Table, width: int | None = None, colour: bool = False) -> str:
     """``table`` in at most ``width`` columns (None: as many as it needs).
 
     Where it does not fit, headers are broken in two, then the columns that ``table`` can do without go;
     a note names them.
     """
+    table = _tame(table)
     shown, header, left_out = _fitted(table, width)
     out = io.StringIO()
     full = width or _natural_width(header, _picked(table, shown))
@@ -45,6 +52,16 @@ def render(table: Table, width: int | None = None, colour: bool = False) -> str:
     for note in notes:
         console.print(Text(_wrapped(note, width)), soft_wrap=True)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _tame(table: Table) -> Table:
+    """Reasons hold the last words of processes: what is not text in them becomes a space."""
+
+    def clean(texts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(_CONTROL.sub(" ", text) for text in texts)
+
+    lines = tuple(clean(line) for line in table.lines)
+    return replace(table, title=_CONTROL.sub(" ", table.title), lines=lines, notes=clean(table.notes))
 
 
 def _wrapped(text: str, width: int | None) -> str:

@@ -63,7 +63,7 @@ class TestLimits:
         assert found.best.name == "torch fp16"
         assert why(found) == {
             "torch fp16": (),
-            "torch Q8_0": ("KL 2.0e-1, over 5.0e-2",),
+            "torch Q8_0": ("KL 0.2, over 0.05",),
             "torch q4f16_1": ("memory 900 MiB, over 500 MiB",),
             "torch fp32": ("decode 40.0 tok/s, under 50.0",),
         }
@@ -74,7 +74,7 @@ class TestLimits:
         assert why(found) == {"torch fp16": ("decode 52.0 tok/s, but its interval begins at 48.0, under 50.0",)}
         assert only(made("fp16", 52.0, spread=1.9), Limits(speed=50)).best is not None
         near = only(made("fp16", kl=0.048), Limits(kl=0.05))  # its interval ends a tenth above
-        assert why(near) == {"torch fp16": ("KL 4.8e-2, but its interval ends at 5.3e-2, over 5.0e-2",)}
+        assert why(near) == {"torch fp16": ("KL 0.048, but its interval ends at 0.0528, over 0.05",)}
 
     def test_a_limit_that_is_met_exactly_is_met(self) -> None:
         assert only(made(decode=50.0, peak=100 * MIB), Limits(memory=100 * MIB, speed=50)).best is not None

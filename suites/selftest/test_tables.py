@@ -211,3 +211,64 @@ def test_published_figures_have_a_source_and_no_verdict() -> None:
     assert all(row.extra["source"].startswith("https://") and row.verdict is None for row in rows)
     assert {row.scheme for row in published_rows("a800", ["int4"])} == {"q4f16_1"}
     assert published_rows("a800", ["Q8_0"]) == []
+
+
+def test_what_a_dying_process_said_gives_the_terminal_no_orders() -> None:
+    rows = [replace(row, reason="a\x1b[2J\rb\u2028c\x9bd") for row in failed()[:1]]
+    text = render(speed_table(rows), 80)
+    assert "FAIL: a [2J b c d\n" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", text)
+
+
+def timed(left_out: int, scheme: str = "fp32", fraction: float | None = 0.68) -> list[Row]:
+    """A cell with blocks, percentiles and a roofline, as a new version writes them."""
+    rows = cell(scheme=scheme)
+    blocks = tuple(
+        {"start": i, "count": 1, "disturbed": "steal" if i < left_out else None, "left_out": i < left_out}
+        for i in range(8)
+    )
+    decode = replace(
+        rows[3],
+        samples=(1e9,) * 8,
+        blocks=blocks,
+        percentiles={"p50": 0.016, "p99": 0.0214},
+        roofline_fraction=fraction,
+    )
+    return [*rows[:3], decode]
+
+
+def test_roofline_and_slow_steps_have_a_column_where_a_row_has_them() -> None:
+    table = speed_table([*timed(0), *failed(scheme="bf16")])
+    assert table.header[-2:] == ("roofline", "p99 step")
+    assert [line[-2:] for line in table.lines] == [("-/68 %", "21.4 ms"), ("", "")]
+    assert "roofline: prefill as a share of the matrix rate / decode of read bandwidth" in table.notes
+    assert "roofline" not in speed_table(timed(0, fraction=None)).header
+
+
+def test_blocks_left_out_are_counted_with_their_reason() -> None:
+    assert (
+        "3 of 16 blocks left out, taken while the machine did something else: 3 steal"
+        in speed_table([*timed(2), *timed(1, "bf16")]).notes
+    )
+    assert not any("blocks" in note for note in speed_table([*timed(0)]).notes)
+
+
+def test_figures_that_rest_on_disturbed_blocks_are_named() -> None:
+    rows = timed(8)
+    used = tuple({**block, "left_out": False} for block in rows[3].blocks or ())
+    notes = speed_table([*rows[:3], replace(rows[3], blocks=used)]).notes
+    assert any(
+        note.startswith("disturbed throughout, so nothing could be left out: numpy fp32 decode;") for note in notes
+    )
+
+
+def test_80_columns_keep_the_roofline_longer_than_the_rest() -> None:
+    text = render(speed_table(timed(0)), 80)
+    assert "-/68 %" in text
+    assert text.replace("\n", " ").endswith("not shown for lack of width: p99 step, 1st token ")
+
+
+def test_recorded_cells_with_a_verdict_never_stand_among_measured_ones() -> None:
+    measured, elsewhere = tables([*cell(), *(replace(row, kind="recorded") for row in cell(backend="far"))])
+    assert elsewhere.title.startswith("recorded, not measured in this run · ")
+    assert (len(measured.lines), len(elsewhere.lines)) == (1, 1)
