@@ -24,6 +24,7 @@ from harness.options import NotInThisVersion, TextWanted, UsageError, command_fi
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from harness.cell_rows import Job
     from harness.collect import Collector
     from harness.conversation import Conversing
     from harness.inventory import Phone
@@ -99,8 +100,11 @@ def run(arguments: Namespace) -> int:
         return _dry_run(request, planned, sampling, arguments)
     store = store_path(arguments.store, make=bool(planned.cells or planned.refused))
     check_output(arguments.output, store)
-    work = partial(run_plan, planned, Job(request, sampling, new_run_id()))
-    collector, stopped = _collect(planned, store, work, summary)
+    job = Job(request, sampling, new_run_id())
+    left, taken = _left_of(planned, store, job) if getattr(arguments, "resume", False) else (planned, ())
+    collector, stopped = _collect(left, store, partial(run_plan, left, job), summary)
+    added = len(collector.rows)
+    collector.take_over(taken, request.explicit)
     known = [row for name in planned.absent for row in recorded_rows(store, name, request.schemes)]
     for name in planned.absent:
         known += published_rows(name, request.schemes, measured_rows(store, name))
@@ -111,12 +115,25 @@ def run(arguments: Namespace) -> int:
     except BrokenPipeError:
         pass  # nobody reads the table any more; the exit status still counts
     finally:
-        if collector.rows:
-            say(f"{_rows(len(collector.rows))} added to {store}")
+        if added:
+            say(f"{_rows(added)} added to {store}")
     if stopped is not None:
         raise stopped
     others = {row.hardware for row in known if row.kind in ("recorded", "published")}
     return _status(request, planned, collector, others)
+
+
+def _left_of(planned: Plan, store: Path, job: Job) -> tuple[Plan, tuple[Row, ...]]:
+    """The plan without the cells that the store has finished, and their rows; says which those are."""
+    from harness.models import open_model
+    from harness.resume import earlier, session
+
+    assert job.sampling is not None
+    contents = {cell.model: open_model(cell.model, job.request.seed).sha256 for cell in planned.cells}
+    asked = partial(session, request=job.request, sampling=job.sampling)
+    found = earlier(store, planned.cells, lambda cell: asked(cell, contents[cell.model]))
+    say(found.message)
+    return replace(planned, cells=found.left), found.rows
 
 
 def _run_phones(phones: Sequence[Phone], arguments: Namespace) -> int:
@@ -156,7 +173,7 @@ def _collect(
             work(collector.add, collector.tell)
         except (KeyboardInterrupt, InputError) as error:
             stopped = error
-        collector.finish_cell()
+        collector.finish()
     return collector, stopped
 
 
@@ -211,9 +228,11 @@ def quality(arguments: Namespace) -> int:
 
 def list_what_is_here(arguments: Namespace) -> int:
     """``list``: backends, schemes, hardware, models."""
-    from harness.listing import collect
+    from harness.listing import collect, measure_again
     from reports.records import as_json, as_text
 
+    if arguments.probe:
+        measure_again()
     found = collect(arguments.what)
     out(as_json(found) if arguments.format == "json" else as_text(found, columns()))
     return 0

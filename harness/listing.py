@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from backends.api import BackendInfo, Unavailable
 from backends.index import backend_names, load_backend
-from harness.hardware import KNOWN, local_hardware
+from harness.hardware import KNOWN, Hardware, default_threads, describe, local_hardware
+from harness.machine.known import profiles
+from harness.machine.probe import ProbeFailed, cpu_rates, known_cpu_rates
 from harness.models import TINY, model_config, model_names
 from harness.session import check_usable
 from reference.config import count_parameters
@@ -91,14 +94,61 @@ def _foreign(name: str) -> dict[str, Any]:
 
 
 def _hardware() -> Records:
+    """What is here with all that it tells; what is known but not here with what its data sheet says."""
     here = local_hardware()
-    records: Records = [{"name": h.name, "device": h.device, "here": True, "detail": h.detail} for h in here]
+    found = [_here(place) for place in here]
     names = {item.name for item in here}
-    return records + [
-        {"name": name, "device": None, "here": False, "detail": "not in this machine"}
-        for name in KNOWN
-        if name not in names
-    ]
+    return found + [_known(name) for name in KNOWN if name not in names]
+
+
+def _here(place: Hardware) -> dict[str, Any]:
+    told = {key: value for key, value in describe(place).items() if key not in ("name", "python")}
+    rates = known_cpu_rates(default_threads(1 << 40)) if place.device == "cpu" else None
+    return {
+        "name": place.name,
+        "device": place.device,
+        "here": True,
+        "detail": place.detail,
+        "memory": _size(told.get("device_memory_bytes", told.get("memory_bytes"))),
+        "bandwidth": None if rates is None else f"{rates['read_bytes_per_s'] / 1e9:.3g} GB/s measured",
+        "matrix rate": None if rates is None else _rates(rates["flops"]) + " measured",
+        "facts": [f"{key}={value}" for key, value in told.items()],
+    }
+
+
+def _known(name: str) -> dict[str, Any]:
+    profile = profiles()[name]
+    flops = {kind: figure.value for kind, figure in profile.flops.items() if figure is not None}
+    bandwidth, memory = profile.read_bytes_per_s, profile.memory_bytes
+    return {
+        "name": name,
+        "device": None,
+        "here": False,
+        "detail": f"not in this machine; {profile.name}, {profile.note}",
+        "memory": None if memory is None else _size(int(memory.value)),
+        "bandwidth": None if bandwidth is None else f"{bandwidth.value / 1e9:.4g} GB/s",
+        "matrix rate": _rates(flops),
+        "facts": None if bandwidth is None else [f"source={bandwidth.source.title} ({bandwidth.source.by})"],
+    }
+
+
+def _rates(flops: Mapping[str, float]) -> str:
+    """``fp32 19.5, fp16 312 TFLOP/s``."""
+    told = {kind: rate / 1e12 for kind, rate in flops.items()}
+    shown = (f"{kind} {rate:.0f}" if rate >= 100 else f"{kind} {rate:.3g}" for kind, rate in told.items())
+    return ", ".join(shown) + " TFLOP/s"
+
+
+def measure_again() -> None:
+    """Measure what :func:`_here` shows of this machine's processor anew. Raises Unavailable where that fails."""
+    try:
+        cpu_rates(default_threads(1 << 40), again=True)
+    except ProbeFailed as error:
+        raise Unavailable(str(error)) from None
+
+
+def _size(value: Any) -> str | None:
+    return None if value is None else f"{int(value) / 1e9:.3g} GB"
 
 
 def _models() -> Records:

@@ -198,6 +198,7 @@ def _list(parser: Parser) -> None:
     sections, formats = _one_of("section", SECTIONS), _one_of("format", ("table", "json"))
     text = f"{', '.join(SECTIONS)} (default: all)"
     parser.add_argument("what", nargs="?", type=sections, metavar="SECTION", help=text)
+    parser.add_argument("--probe", action="store_true", help="measure this processor's bandwidth and matrix rate anew")
     parser.add_argument("--format", type=formats, default="table", metavar="F", help="table (default) or json")
 
 

@@ -42,18 +42,26 @@ def cpu_rates(threads: int, cpus: str | None = None, again: bool = False) -> Mea
 
     ``cpus`` is what the cells are bound to; ``again`` measures anew.
     """
+    key, cache = _cpu_key(threads, cpus), facts().cpu.last_level_bytes or 0
+    known = None if again else known_rates(key)
+    taken = kept(key, lambda: _in_a_child(threads, cache, cpus), again or _disturbed(known))
+    return taken if known is None else _best(taken, known)
+
+
+def known_cpu_rates(threads: int, cpus: str | None = None) -> Measured | None:
+    """What :func:`cpu_rates` has kept; measures nothing."""
+    return known_rates(_cpu_key(threads, cpus))
+
+
+def _cpu_key(threads: int, cpus: str | None) -> dict[str, Any]:
     found = facts()
-    cache = found.cpu.last_level_bytes or 0
-    key = {
+    return {
         "machine": [found.cpu.name, found.memory_bytes, dict(found.cpu.caches), found.system],
         "limits": [found.limits.cpus],
         "threads": threads,
         "cpus": cpus,
         "versions": {name: _version(name) for name in ("numpy", "torch")},
     }
-    known = None if again else known_rates(key)
-    taken = kept(key, lambda: _in_a_child(threads, cache, cpus), again or _disturbed(known))
-    return taken if known is None else _best(taken, known)
 
 
 def _disturbed(known: Measured | None) -> bool:

@@ -25,7 +25,7 @@ READ_BYTES, CACHES = 256 << 20, 4
 DEVICE_READ_BYTES = 1 << 30
 
 #: A type that would need longer than this for one product of a size is told by the smaller size before it.
-LONG_SECONDS = 0.05
+LONG_SECONDS = 0.12
 SECONDS = 0.6
 
 SIZES = (256, 512, 1024, 2048)

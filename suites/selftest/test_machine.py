@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import hardware
+from harness import hardware, listing
 from harness.hardware import Hardware, describe, local_hardware
 from harness.machine import cpu, facts, gpu
 from harness.machine.cpu import Cpu
@@ -275,8 +275,23 @@ def test_nothing_is_asked_at_import() -> None:
         "import subprocess, sys, pathlib\n"
         "def refuse(*a, **k): raise SystemExit('asked at import')\n"
         "subprocess.run = subprocess.Popen = refuse\n"
-        "import harness.hardware\n"
+        "import harness.hardware, harness.machine.probe, harness.machine.work, harness.machine.energy\n"
         "from harness.machine.facts import facts\n"
         "assert facts.cache_info().currsize == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_list_shows_what_is_here_and_data_sheets_of_what_is_not(machine: Facts, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RWKV_BENCH_CACHE", str(tmp_path))
+        patch.setattr("harness.listing.local_hardware", local_hardware)
+        records = {record["name"]: record for record in listing.collect("hardware")["hardware"]}
+    assert records["h100"]["here"]
+    assert records["h100"]["memory"] == "85.5 GB"
+    assert "power_limit_w=700.0" in records["h100"]["facts"]
+    assert records["cpu"]["bandwidth"] is None
+    assert not records["a800"]["here"]
+    assert records["a800"]["bandwidth"] == "2039 GB/s"
+    assert records["h200"]["matrix rate"] == "fp32 67, fp16 989, bf16 989, int8 1979 TFLOP/s"
+    assert all(record["facts"][0].startswith("source=") for record in records.values() if not record["here"])
