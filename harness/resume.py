@@ -9,6 +9,7 @@ or the verdict that there is none. What was interrupted, crashed or hung, or was
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import backends
 import harness
 import reference
 from backends.index import LIBRARIES, load_backend
@@ -67,7 +67,7 @@ def session(cell: Cell, model_sha256: str, request: Request, sampling: Sampling)
 @lru_cache(maxsize=64)
 def code_version(backend: str) -> str:
     """Of the source that measures a backend, its own included, as it lies here."""
-    at = Path(str(backends.__file__)).parent
+    at = Path(inspect.getfile(load_backend)).parent
     files = [at / "api.py", at / "index.py", *(at / "shared").rglob("*.py"), *_source(backend)]
     for package in (reference, harness):
         files += Path(str(package.__file__)).parent.rglob("*.py")

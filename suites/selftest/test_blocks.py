@@ -50,11 +50,11 @@ def row_of(kept: Kept) -> Row:
 def test_disturbed_blocks_keep_their_samples_and_lose_their_say() -> None:
     kept = Kept.of(blocks([[100], [900], [102], [101]], Sampling(4), noisy=[1]))
     row = row_of(kept)
-    assert row.samples == (100, 900, 102, 101)
-    assert (block_medians(row), kept.times) == ([100, 102, 101], (100, 102, 101))
+    assert list(row.samples or ()) == [100, 900, 102, 101]
+    assert block_medians(row) == list(kept.times) == [100.0, 102.0, 101.0]
     assert row.value == pytest.approx(1e9 / 101)
-    assert disturbed(row) == (1, 1)
     assert (row.percentiles or {})["p99"] < 103e-9
+    assert disturbed(row) == (1, 1)
 
 
 def test_all_disturbed_is_said_and_all_count() -> None:
