@@ -89,6 +89,9 @@ REHEARSED_SHAPE = Config(n_layer=1, n_embd=64, n_ffn=256, n_vocab=64)
 #: Sizes that are timed on a GPU, with the World vocabulary for 7B, as the published figures have it.
 SIZES = ("169m", "1b5", "3b", "7b-world")
 
+#: Sizes at which the reference takes minutes for each scheme, and the schemes of the bars, which are timed there.
+LARGE, LARGE_TIMED = ("3b", "3b-world", "7b", "7b-world", "14b", "14b-world"), ("fp16", "q0f16", "q4f16_1", "4bit")
+
 #: (prompt, decode, repeats) of the timed runs, on a GPU and in a rehearsal.
 _TIMED, _REHEARSED = ((512, 128, 7), (2048, 16, 7)), ((40, 2, 3),)
 
@@ -139,13 +142,15 @@ def _localize(setting: Setting) -> tuple[Command, ...]:
 
 
 def _timed(setting: Setting, model: str) -> tuple[Command, ...]:
+    """One process for each backend and prompt: its schemes share the model, and take their turns on the card."""
     found = []
     for offer in setting.offers:
+        schemes = [s for s in offer.timed if model not in LARGE or s in LARGE_TIMED] or offer.timed[:1]
+        quant = ",".join(schemes)
         for prompt, decode, repeats in _REHEARSED if setting.rehearsal else _TIMED:
             sizes = ("--prompt-tokens", str(prompt), "--decode-tokens", str(decode), "--repeats", str(repeats))
-            for scheme in offer.timed:
-                words = ("run", "--model", model, *_cell(offer.backend, scheme, setting), *sizes)
-                found.append(Command(ROWS, words, offer.backend, scheme, _short(model), setting.environment))
+            words = ("run", "--model", model, *_cell(offer.backend, quant, setting), *sizes)
+            found.append(Command(ROWS, words, offer.backend, quant, _short(model), setting.environment))
     return tuple(found)
 
 
