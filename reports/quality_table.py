@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.quality.paired import ROUNDING
 from harness.rows import Row
 from reports import output
 from reports.quality_csv import to_csv
@@ -14,6 +13,9 @@ from reports.terminal import render
 
 #: Columns to do without where there is no room, the first one first.
 _SPARE = ("top-5 %", "bit/byte", "vs fp32", "ppl")
+
+#: A divergence below this may be the rounding of the baseline (:mod:`harness.quality.baseline`).
+_NOTHING = 1e-11
 
 _NOT_RUN = ("UNAVAILABLE", "UNSUPPORTED")
 
@@ -116,7 +118,7 @@ def _judged(group: Sequence[Row]) -> str:
 
 def _divergence(value: float) -> str:
     """``0.0123``, ``3.1e-6``, ``0``: only what is the same by definition."""
-    if value < ROUNDING:
+    if value < _NOTHING:
         return "<1e-11" if value else "0"
     return f"{value:.3g}" if value >= 1e-3 else small(value)
 
@@ -145,7 +147,7 @@ def _against(about: Mapping[str, Any] | None) -> str | None:
         return str(about["finding"])
     if difference == 0 and interval in (None, [0, 0]):
         return "="
-    if not other > ROUNDING:  # of nothing there are no per cent
+    if not other > _NOTHING:  # of nothing there are no per cent
         return f"{difference:+.1g} {about['finding']}"
     half = "" if interval is None else f" ±{_rounded(100 * (interval[1] - difference) / other)}"
     return f"{_rounded(100 * difference / other, '+')}{half}% {about['finding']}"
