@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from backends.triton_cuda.kernels_gemv import place, placed
+
 
 @triton.jit
 def layer_norm(x, weight, bias, cols, inside, width, eps):
@@ -49,13 +51,15 @@ def embed_norm(
 
 @triton.jit
 def norm_mix(
-    x, past, after, weight, bias, mu, mixed, normed, width, length, rows, state_stride, eps,
-    MIXES: tl.constexpr, SINGLE: tl.constexpr, TRACE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, past, after, weight, bias, mu, mixed, normed, width, length, rows, vector, state_stride, eps,
+    BITS: tl.constexpr, MIXES: tl.constexpr, SINGLE: tl.constexpr, TRACE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm of ``x (rows, C)``, shifted by one token and mixed -> ``mixed (MIXES, rows, C)``.
+    """LayerNorm of ``x (rows, C)``, shifted by one token and mixed -> ``mixed (MIXES, rows, vector)``.
 
     ``past``, ``after``: the state's row of this sequence before and after, ``state_stride`` apart from one sequence to
     the next; they may be the same where ``length`` is 1 (SINGLE). ``normed (rows, C)`` takes the LayerNorm itself.
+    BITS: of the packed matrix that is multiplied by one row of ``mixed``; 0: each row lies in its own order.
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
@@ -73,15 +77,20 @@ def norm_mix(
         tl.store(normed + row * width + cols, h, mask=mask)
     for j in tl.static_range(MIXES):
         m = tl.load(mu + j * width + cols, mask=inside, other=0.0)
-        tl.store(mixed + (j * rows + row) * width + cols, before + (h - before) * m, mask=mask)
+        made = placed(before + (h - before) * m, cols, BITS)
+        tl.store(mixed + (j * rows + row) * vector + place(cols, vector * BITS // 32, BITS), made, mask=mask)
 
 
 @triton.jit
-def norm(x, weight, bias, out, width, rows, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """LayerNorm of ``x (rows, C)`` -> ``out (rows, C)``."""
+def norm(
+    x, weight, bias, out, width, rows, vector, eps,
+    BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm of ``x (rows, C)`` -> ``out (rows, vector)``; BITS as in :func:`norm_mix`."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     inside = cols < width
     mask = (row < rows) & inside
     value = tl.load(x + row * width + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * width + cols, layer_norm(value, weight, bias, cols, inside, width, eps), mask=mask)
+    made = placed(layer_norm(value, weight, bias, cols, inside, width, eps), cols, BITS)
+    tl.store(out + row * vector + place(cols, vector * BITS // 32, BITS), made, mask=mask)

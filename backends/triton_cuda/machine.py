@@ -87,9 +87,13 @@ def open_device(name: str) -> Any:
     """``torch.device`` of ``cuda``, ``cuda:1``, or of ``cpu`` in the interpreter. Raises Unavailable, Unsupported."""
     import torch
 
+    from backends.triton_cuda.tiles import INTERPRETED
+
     kind, colon, index = name.partition(":")
     if kind not in ("cuda", "cpu") or (colon and (kind == "cpu" or not index.isdecimal())):
         raise Unsupported(f"triton has no device {name!r}; it has cuda and cuda:<index>, and cpu in the interpreter")
+    if interpreted() != INTERPRETED:  # Triton decided when the kernels were defined
+        raise Unsupported("TRITON_INTERPRET was changed after this process had defined its kernels; start another")
     if kind == "cpu":
         if not interpreted():
             raise Unsupported(f"triton compiles for GPUs only; {_INTERPRETER}")

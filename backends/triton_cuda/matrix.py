@@ -50,17 +50,42 @@ class Matrix:
         parts = [self.data] if self.scales is None else [self.data, self.scales]
         return sum(part.numel() * part.element_size() for part in parts)
 
+    @property
+    def vector(self) -> int:
+        """Elements of a vector as :func:`vector_product` takes it: padded to whole groups if the matrix is packed."""
+        return -(-self.columns // 32) * 32 if self.bits else self.columns
+
+    def vectors(self, count: int, dtype: torch.dtype) -> Tensor:
+        """``(count, vector)`` of zeros for such vectors; those for a packed matrix are float32."""
+        kind = torch.float32 if self.bits else dtype
+        return torch.zeros(count, self.vector, dtype=kind, device=self.data.device)
+
+    def placed(self, x: Tensor) -> Tensor:
+        """A vector ``(columns)`` as :func:`vector_product` takes it, by torch; kernels make theirs so at once."""
+        if not self.bits:
+            return x
+        codes = 32 // self.bits
+        out = self.vectors(1, x.dtype)[0]
+        out[: self.columns] = x
+        factors = torch.tensor([2.0 ** -(j * self.bits % 16) for j in range(codes)], device=x.device)
+        return (out.view(-1, codes) * factors).t().reshape(-1)
+
     def tile(self, results: int) -> Tile:
         """Tile of a product of so many of its results with one vector."""
         return gemv_tile(results, self.columns, self.bits, self.kn, self.data.element_size())
 
 
-def vector_product(matrix: Matrix, x: Tensor, out: Tensor, gate: Tensor | None = None, *, add: bool = False) -> None:
-    """``matrix`` times ``x (columns)`` -> ``out``, or ``out += gate * product``; rounded to the type of ``out``."""
+def vector_product(
+    matrix: Matrix, x: Tensor, out: Tensor, gate: Tensor | None = None, *, made: torch.dtype, add: bool = False
+) -> None:
+    """``matrix`` times ``x (vector)``, rounded to ``made``, -> ``out``; or ``out += gate * product``.
+
+    ``x`` lies as :meth:`Matrix.placed` has it.
+    """
     tile = matrix.tile(matrix.results)
     gemv[(triton.cdiv(matrix.results, tile.rows),)](
         matrix.data, matrix.scales, x, out, gate, matrix.results, matrix.columns, *matrix.strides,
-        ADD=add, GATED=gate is not None, MADE=TRITON[out.dtype], BITS=matrix.bits, KN=matrix.kn,
+        ADD=add, GATED=gate is not None, MADE=TRITON[made], BITS=matrix.bits, KN=matrix.kn,
         BN=tile.rows, BK=tile.columns, num_warps=tile.warps, **OPTIONS,
     )  # fmt: skip
 
@@ -69,7 +94,7 @@ def product(matrix: Matrix, x: Tensor, made: torch.dtype) -> Tensor:
     """``x (rows, columns)`` times ``matrix`` transposed -> ``(rows, results)`` of the type ``made``."""
     if len(x) == 1:
         out = torch.empty(1, matrix.results, dtype=made, device=x.device)
-        vector_product(matrix, x, out)
+        vector_product(matrix, matrix.placed(x[0]), out, made=made)
         return out
     if not matrix.bits:
         return _gemm(x, matrix.data, made)

@@ -76,8 +76,9 @@ class Step:
 
     CAPACITY = 4096
 
-    def __init__(self, config: Config, types: Types, device: torch.device, batch: int) -> None:
+    def __init__(self, config: Config, types: Types, device: torch.device, stored: Stored, batch: int) -> None:
         width, blocks = config.n_embd, triton.cdiv(config.n_vocab, TOP_BLOCK)
+        layer = stored.layers[0]
         self.batch = batch
         self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.state = torch.zeros(batch, config.n_layer, 5, width, device=device)
@@ -87,10 +88,11 @@ class Step:
         self.chosen = torch.zeros(self.CAPACITY, batch, dtype=torch.int64, device=device)
         self.count = torch.zeros(batch, dtype=torch.int32, device=device)
         self.x = torch.empty(1, width, dtype=types.stream, device=device)
-        self.mixed = torch.empty(3, width, dtype=types.inputs, device=device)
-        self.inner = torch.empty(1, width, dtype=types.inputs, device=device)
+        self.mixed = layer.kvr.vectors(3, types.inputs)
+        self.inner = layer.output.vectors(1, types.inputs)
         # Where float16 is guarded against overflow, this vector simply stays float32.
-        self.squared = torch.empty(config.n_ffn, dtype=types.made, device=device)
+        self.squared = layer.value.vectors(1, types.made)
+        self.last = stored.head.vectors(1, types.inputs)
         self.gate = torch.empty(width, dtype=types.made, device=device)
 
 
@@ -101,6 +103,10 @@ class Model:
         self.config, self.types, self.device = config, types, device
         self._stored = stored
         self._made = TRITON[types.made]
+
+    def buffers(self, batch: int) -> Step:
+        """What :meth:`step` works on."""
+        return Step(self.config, self.types, self.device, self._stored, batch)
 
     def step(self, b: Step) -> None:
         """One token of every sequence: ``b.ids`` and ``b.state`` -> ``b.logits``, the state moved on in place."""
@@ -115,24 +121,29 @@ class Model:
             self._rescale(x, unit, layer.unit)
             unit = layer.unit
             state = b.state[:, i]
-            self._norm_mix(x, layer.att_norm, layer.att_mu, state[:, ATT_X], state[:, ATT_X], b.mixed, 1, unit)
+            self._norm_mix(
+                x, layer.att_norm, layer.att_mu, state[:, ATT_X], state[:, ATT_X], b.mixed, 1, unit, bits=layer.kvr.bits
+            )
             tile = layer.kvr.tile(c)
             gemv_time_mix[(triton.cdiv(c, tile.rows),)](
                 layer.kvr.data, layer.kvr.scales, b.mixed, state[:, AA], state[:, AA], layer.decay, layer.bonus,
-                b.inner, c, *layer.kvr.strides, MADE=self._made, BITS=layer.kvr.bits, KN=layer.kvr.kn,
+                b.inner, c, layer.kvr.vector, *layer.kvr.strides,
+                MADE=self._made, OUT_BITS=layer.output.bits, BITS=layer.kvr.bits, KN=layer.kvr.kn,
                 BN=tile.rows, BK=tile.columns, num_warps=tile.warps, **OPTIONS,
             )  # fmt: skip
-            vector_product(layer.output, b.inner, x, add=True)
-            self._norm_mix(x, layer.ffn_norm, layer.ffn_mu, state[:, FFN_X], state[:, FFN_X], b.mixed, 1, unit)
+            vector_product(layer.output, b.inner, x, add=True, made=self.types.made)
+            self._norm_mix(
+                x, layer.ffn_norm, layer.ffn_mu, state[:, FFN_X], state[:, FFN_X], b.mixed, 1, unit, bits=layer.kr.bits
+            )
             tile = layer.kr.tile(self.config.n_ffn)
             gemv_channel_mix[(triton.cdiv(self.config.n_ffn, tile.rows) + triton.cdiv(c, tile.rows),)](
-                layer.kr.data, layer.kr.scales, b.mixed, b.squared, b.gate, c, self.config.n_ffn, *layer.kr.strides,
-                MADE=self._made, BITS=layer.kr.bits, KN=layer.kr.kn,
+                layer.kr.data, layer.kr.scales, b.mixed, b.squared, b.gate, c, self.config.n_ffn, layer.kr.vector,
+                *layer.kr.strides, MADE=self._made, OUT_BITS=layer.value.bits, BITS=layer.kr.bits, KN=layer.kr.kn,
                 BN=tile.rows, BK=tile.columns, num_warps=tile.warps, **OPTIONS,
             )  # fmt: skip
-            vector_product(layer.value, b.squared, x, b.gate, add=True)
-        last = self._last_norm(x, unit)
-        vector_product(self._stored.head, last, b.logits)
+            vector_product(layer.value, b.squared, x, b.gate, add=True, made=self.types.made)
+        self._last_norm(x, b.last, unit, self._stored.head.bits)
+        vector_product(self._stored.head, b.last, b.logits, made=torch.float32)
 
     def choose(self, b: Step) -> None:
         """The arg-max of ``b.logits`` -> ``b.ids`` and the next row of ``b.chosen``."""
@@ -166,7 +177,8 @@ class Model:
             self._channel_mix(x, layer, past[:, i], after[:, i], length, here)
             if here is not None:
                 here("ffn.residual", _times(x, unit))
-        last = self._last_norm(x, unit)
+        last = torch.empty_like(x, dtype=self.types.inputs)
+        self._last_norm(x, last, unit)
         if tap is not None:
             tap("ln_out", last)
         return last
@@ -256,19 +268,22 @@ class Model:
         length: int,
         unit: float,
         normed: Tensor | None = None,
+        bits: int = 0,
     ) -> None:
+        """``bits``: of the packed matrices that are multiplied by one vector of ``mixed``."""
         rows, c = x.shape
+        eps = LN_EPS / unit**2
         self._by_rows(
             norm_mix, rows,
-            x, past, after, affine[0], affine[1], mu, mixed, normed, c, length, rows, past.stride(0), LN_EPS / unit**2,
-            MIXES=len(mu), SINGLE=length == 1, TRACE=normed is not None,
+            x, past, after, affine[0], affine[1], mu, mixed, normed, c, length, rows, mixed.shape[-1],
+            past.stride(0), eps,
+            BITS=bits, MIXES=len(mu), SINGLE=length == 1, TRACE=normed is not None,
         )  # fmt: skip
 
-    def _last_norm(self, x: Tensor, unit: float) -> Tensor:
-        out = torch.empty_like(x, dtype=self.types.inputs)
+    def _last_norm(self, x: Tensor, out: Tensor, unit: float, bits: int = 0) -> None:
         c, rows = self.config.n_embd, len(x)
-        self._by_rows(norm, rows, x, *self._stored.last_norm, out, c, rows, LN_EPS / unit**2)
-        return out
+        eps = LN_EPS / unit**2
+        self._by_rows(norm, rows, x, *self._stored.last_norm, out, c, rows, out.shape[-1], eps, BITS=bits)
 
     def _by_rows(self, kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
         """Launch a kernel whose programs hold whole rows of channels."""

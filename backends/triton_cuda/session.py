@@ -13,7 +13,7 @@ from torch import Tensor
 from backends.api import State, Tap
 from backends.triton_cuda.graph import Work, captured
 from backends.triton_cuda.machine import check_memory, open_device
-from backends.triton_cuda.model import Model, Step
+from backends.triton_cuda.model import Model
 from backends.triton_cuda.place import place
 from backends.triton_cuda.types import TYPES
 from reference.config import Config
@@ -39,7 +39,7 @@ class Decoding:
 
     def __init__(self, model: Model, batch: int) -> None:
         self._model = model
-        self.buffers = Step(model.config, model.types, model.device, batch)
+        self.buffers = model.buffers(batch)
         self._step: Work | None = None
         self._chain: Work | None = None
 

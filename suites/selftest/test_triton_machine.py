@@ -1,0 +1,167 @@
+"""Where Triton cannot run, one line says why and what to do: versions, drivers, devices, memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+
+from backends import triton_cuda
+from backends.api import Unavailable, Unsupported
+from backends.triton_cuda import machine
+from reference.config import preset
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is off, and both packages are there and belong together."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(machine, "installed", {"triton": "3.9.0", "torch": "2.13.0"}.get)
+    monkeypatch.setattr(machine, "torch_wants", lambda: "3.9.0")
+
+
+@pytest.mark.parametrize(
+    ("triton", "torch", "wanted", "said"),
+    [
+        ("3.5.1", "2.13.0", "", "triton 3.5.1 is too old; 3.6 is the oldest that works; pip install"),
+        ("3.9.0", "2.7.1", "", "torch 2.7.1 is too old; 2.8 is"),
+        ("3.9.0", "2.11.0", "3.6.0", "torch 2.11.0 belongs with triton 3.6.0, not 3.9.0; pip install triton==3.6.0"),
+        ("3.6.0", "2.13.0", "3.9.0", "belongs with triton 3.9.0, not 3.6.0"),
+    ],
+)  # fmt: skip
+def test_versions_that_do_not_belong_together(triton: str, torch: str, wanted: str, said: str) -> None:
+    with pytest.raises(Unavailable) as caught:
+        machine.check_pair(triton, torch, wanted)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("triton", "torch"), [("3.6.0", "2.11.0"), ("3.9.0", "2.13.0+cpu"), ("3.9.1", "2.13.0")])
+def test_versions_that_do(triton: str, torch: str) -> None:
+    machine.check_pair(triton, torch, "" if "+cpu" in torch else triton[:3] + ".0")
+
+
+@pytest.mark.parametrize("lacking", ["triton", "torch"])
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    monkeypatch.setattr(machine, "installed", lambda package: "" if package == lacking else "3.9.0")
+    with pytest.raises(Unavailable, match=rf"^{lacking} is not installed; pip install"):
+        triton_cuda.check()
+
+
+@pytest.mark.usefixtures("compiling")
+def test_no_driver_is_unavailable_and_names_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(Unavailable, match=r"^no CUDA driver here \(libcuda.so.1\); .*TRITON_INTERPRET=1"):
+        triton_cuda.check()
+    assert machine.driver_version() == 0
+
+
+@pytest.mark.usefixtures("compiling")
+def test_the_interpreter_needs_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    triton_cuda.check()
+
+
+def test_a_driver_too_old_says_what_it_has() -> None:
+    with pytest.raises(
+        Unavailable, match=r"the driver is too old: it has CUDA 12.4, torch was built for 13.0; install"
+    ):
+        machine.check_driver(12040, "13.0")
+    with pytest.raises(Unavailable, match="it has CUDA none"):
+        machine.check_driver(0, "13.0")
+    machine.check_driver(13000, "13.2")
+
+
+def test_a_gpu_too_old_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match=r"Tesla V100 has compute capability 7.0; the kernels need 8.0"):
+        machine.check_capability("Tesla V100", (7, 0))
+    machine.check_capability("NVIDIA H200", (9, 0))
+
+
+def test_memory_that_is_too_small_says_what_would_fit() -> None:
+    config, schemes = preset("7b-world"), ("fp16", "fp32", "q4f16_1")
+    with pytest.raises(Unsupported) as caught:
+        machine.check_memory(config, "fp16", 2048, 10 * GIB, 12 * GIB, schemes)
+    said = str(caught.value)
+    assert "10.0 of 12.0 are free; q4f16_1 (" in said
+    assert said.endswith("GiB) would fit")
+    assert "\n" not in said
+    with pytest.raises(Unsupported, match="no scheme of this model would fit"):
+        machine.check_memory(config, "fp16", 2048, 2 * GIB, 12 * GIB, schemes)
+    machine.check_memory(config, "fp16", 2048, 20 * GIB, 24 * GIB, schemes)
+
+
+def test_the_prediction_counts_weights_once_and_what_a_piece_needs() -> None:
+    config = preset("7b-world")
+    weights = 2 * 7_515_000_000
+    assert weights < machine.needed_bytes(config, "fp16", 1) < 1.1 * weights
+    assert (
+        machine.needed_bytes(config, "fp16", 4096) - machine.needed_bytes(config, "fp16", 2048)
+        > 2048 * 6 * config.n_ffn
+    )
+    assert machine.needed_bytes(config, "q4f16_1", 1) < 0.4 * weights
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("mps", "triton has no device 'mps'; it has cuda and cuda:<index>"),
+        ("cuda:x", "triton has no device 'cuda:x'"),
+        ("cpu:1", "triton has no device 'cpu:1'"),
+        ("cpu", "triton compiles for GPUs only; TRITON_INTERPRET=1 runs"),
+    ],
+)
+def test_devices_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch, device: str, said: str) -> None:
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[triton]'")
+    from backends.triton_cuda import tiles
+
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    with pytest.raises(Unsupported) as caught:
+        machine.open_device(device)
+    assert said in str(caught.value)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_devices_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without CUDA, no device, and an index beyond the last; each on a torch that says so."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[triton]'")
+    from backends.triton_cuda import tiles
+
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(Unavailable, match="is a build without CUDA"):
+        machine.open_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(machine, "driver_version", lambda: 13000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Unavailable, match="torch sees no CUDA device"):
+        machine.open_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(Unavailable, match=r"there is no cuda:2; torch sees 2 CUDA device\(s\)"):
+        machine.open_device("cuda:2")
+
+
+def test_the_interpreter_is_never_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[triton]'")
+    from backends.triton_cuda import tiles
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tiles, "INTERPRETED", True)
+    with pytest.raises(Unsupported, match="TRITON_INTERPRET is set, so no kernel is compiled for cuda"):
+        machine.open_device("cuda")
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    with pytest.raises(Unsupported, match="was changed after this process had defined its kernels"):
+        machine.open_device("cpu")
+
+
+def test_a_scheme_it_does_not_have() -> None:
+    with pytest.raises(Unsupported, match="triton has no scheme 'Q4_0'; it has fp16"):
+        triton_cuda.load(None, "Q4_0", "cuda", None)  # type: ignore[arg-type]
