@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: What one picture holds legibly; more is counted in it.
 MOST_BARS, MOST_HISTORIES = 40, 12
 
+#: Speeds further apart than this are drawn on a logarithmic axis.
+_LINEAR = 50
+
 #: An exact scheme has no divergence; on a logarithmic axis it stands here.
 LEAST_KL = 1e-9
 
@@ -98,30 +101,30 @@ def _bars(axes: Axes, cells: Sequence[Cell], metric: str, colours: dict[str, str
     timed = [(cell, row) for cell in cells if (row := cell.speed(metric)) is not None and row.value]
     kept = sorted(timed, key=lambda pair: -(pair[1].value or 0.0))[:MOST_BARS]
     names = [cell for cell, _ in kept]
-    y, ticks, labels = 0.0, [], []
+    y, ticks, labels, drawn = 0.0, [], [], []
     for group in sorted({scheme_class(cell.first) or "other" for cell, _ in kept}, key=_rank):
         for cell, row in kept:
             if (scheme_class(cell.first) or "other") != group or row.value is None:
                 continue
-            low, high = row.interval or (row.value, row.value)
-            error = [[row.value - low], [high - row.value]] if row.interval else None
-            axes.barh(
-                y,
-                row.value,
-                color=colours[cell.first.backend],
-                height=0.8,
-                xerr=error,
-                error_kw={"elinewidth": 1, "capsize": 2},
-            )
-            axes.annotate(
-                f" {number(row.value)}", (high, y), va="center", fontsize=7, xytext=(2, 0), textcoords="offset points"
-            )
+            drawn.append((row.value, *(row.interval or (math.nan, math.nan)), colours[cell.first.backend]))
             ticks.append(y)
             labels.append(_name(cell, names))
             y -= 1
         y -= 0.6
+    if drawn:
+        values, lows, highs, shades = zip(*drawn, strict=True)
+        axes.barh(ticks, values, color=shades, height=0.8)
+        if max(values) > _LINEAR * min(values):
+            axes.set_xscale("log")
+            axes.set_xlim(left=10 ** math.floor(math.log10(min(values)) - 0.3))
+            axes.set_xlabel("logarithmic")
+        axes.hlines(ticks, lows, highs, color="0.1", linewidth=1)
+        axes.plot([*lows, *highs], [*ticks, *ticks], "|", color="0.1", markersize=5)
+        for at, value, high in zip(ticks, values, highs, strict=True):
+            end = value if math.isnan(high) else high
+            axes.annotate(number(value), (end, at), va="center", fontsize=7, xytext=(5, 0), textcoords="offset points")
     axes.set_yticks(ticks, labels=labels, fontsize=7.5)
-    axes.margins(x=0.12, y=0.01)
+    axes.margins(x=0.14, y=0.01)
     left_out = f"; the {len(kept)} fastest of {len(timed)}" if len(timed) > len(kept) else ""
     failed = sum(bool(cell.judged) for cell in cells)
     axes.set_title(
@@ -144,9 +147,13 @@ def _roofline(axes: Axes, cells: Sequence[Cell], colours: dict[str, str]) -> Non
     if not points:
         _empty(axes, "no cell says the bytes of weights that it reads")
         return
-    for cell, point in points:
-        marker = "o" if point["metric"] == "decode" else "s"
-        axes.plot(point["x"], point["y"] / 1e9, marker, color=colours[cell.first.backend], markersize=5, alpha=0.85)
+    for metric, marker in (("decode", "o"), ("prefill", "s")):
+        own = [
+            (point["x"], point["y"] / 1e9, colours[c.first.backend]) for c, point in points if point["metric"] == metric
+        ]
+        if own:
+            xs, ys, shades = zip(*own, strict=True)
+            axes.scatter(xs, ys, c=shades, marker=marker, s=24, alpha=0.85)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte of weights read")
@@ -167,7 +174,7 @@ def _roof(axes: Axes, hardware: str, points: Sequence[tuple[Cell, dict[str, Any]
     slope, flat = statistics.median(slopes) if slopes else math.inf, max(flats, default=math.inf)
     low, high = (math.log10(end) for end in axes.get_xlim())
     xs = [10 ** (low + (high - low) * i / 200) for i in range(201)]
-    told = [f"{slope / 1e9:.3g} GB/s"] * bool(slopes) + [f"{flat / 1e9:.3g} Gop/s"] * bool(flats)
+    told = [f"{slope / 1e9:.4g} GB/s"] * bool(slopes) + [f"{flat / 1e12:.3g} Top/s"] * bool(flats)
     axes.plot(
         xs, [min(slope * x, flat) / 1e9 for x in xs], color="0.2", linewidth=1.2, label=f"{hardware}: {', '.join(told)}"
     )
@@ -189,8 +196,9 @@ def _frontier(axes: Axes, cells: Sequence[Cell], colours: dict[str, str]) -> Non
     for own in places.values():
         best = sorted(own[i][1:] for i in pareto([(speed, -kl) for _, speed, kl in own]))
         axes.plot(*zip(*best, strict=True), "--", color="0.5", linewidth=1)
+        shades = [colours[cell.first.backend] for cell, _, _ in own]
+        axes.scatter([speed for _, speed, _ in own], [kl for _, _, kl in own], c=shades, s=24)
         for cell, speed, kl in own:
-            axes.plot(speed, kl, "o", color=colours[cell.first.backend], markersize=5)
             if (speed, kl) in best:
                 axes.annotate(cell.first.scheme, (speed, kl), fontsize=7, xytext=(4, 3), textcoords="offset points")
     axes.set_xscale("log")
