@@ -21,11 +21,11 @@ HELP = "everything that needs a GPU, in one go, as recorded rows"
 
 EXAMPLES = """\
 examples:
-  rwkv-bench gpu-check --output gpu      the whole list, into a folder
+  rwkv-bench gpu-check --output gpu   the whole list, into a folder
   rwkv-bench gpu-check --only parity --budget 600
   rwkv-bench gpu-check --only throughput-7b-world,wkv
-  rwkv-bench gpu-check --list            the steps, and about how long they take
-  rwkv-bench gpu-check --rehearse        the same on this CPU, tiny: all but speed
+  rwkv-bench gpu-check --list         the steps, and about how long they take
+  rwkv-bench gpu-check --rehearse     the same on this CPU, tiny: all but speed
 
 A step that fails is a row, and the rest goes on. Rows are appended as they are
 measured, so several calls with --only fill one file.
