@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from harness.length_scaling import DRAWS as DRAWN
+from harness.machine.known import profiles
 from harness.tolerance import DRAWS, FLOOR, K
 from reference.numerics import CHAIN
 
@@ -29,6 +31,20 @@ def test_clean_stands_below_the_bound_and_faults_in_fp32_above_it_in_the_recorde
             assert float(largest) < K, cell
         elif cell.endswith("fp32"):
             assert float(least) > K, (cell, what)
+
+
+def test_the_page_on_hardware_has_the_figures_of_the_profiles() -> None:
+    page = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    lines = {line.split("|")[1].strip(" `"): line for line in page.splitlines() if line.startswith("| `")}
+    assert set(lines) == set(profiles())
+    for name, profile in profiles().items():
+        cells = [cell.strip() for cell in lines[name].split("|")][3:9]
+        figures = [profile.read_bytes_per_s, *profile.flops.values(), profile.memory_bytes]
+        units = (1e9, 1e12, 1e12, 1e12, 1e12, 1e9)
+        shown = ["–" if f is None else f"{f.value / unit:.4g}" for f, unit in zip(figures, units, strict=True)]
+        assert cells == shown, name
+        assert all(figure is None or figure.source.url in page for figure in figures)
+    assert f"{DRAWN:,} permutations" in page.replace("\n", " ")
 
 
 def test_no_page_has_a_place_left_to_fill_in() -> None:
