@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.ab_blocks import Block, BlockFailed, measure_block
+from harness.ab_blocks import Block, BlockFailed
 from harness.ab_checkouts import BASE, HEAD, Side
 from harness.plan import Cell
 
@@ -48,7 +48,7 @@ class Job:
     spec: Mapping[str, Any]
     backend: Callable[[Side, str], str]
     seed: int
-    measure: Callable[[Side, Mapping[str, Any]], Block] = measure_block
+    measure: Callable[[Side, Mapping[str, Any]], Block]
 
 
 def rounds(job: Job, cells: Sequence[Pairs], deadline: float, tell: Tell) -> Iterator[int]:

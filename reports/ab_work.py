@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.ab import Job, Pairs, rounds
-from harness.ab_blocks import BlockFailed, parity_rows
+from harness.ab_blocks import BlockFailed, measure_block, parity_rows
 from harness.ab_checkouts import Side, top_of, within
 from harness.cell_rows import Job as RunJob
 from harness.cell_rows import base_row
@@ -58,21 +58,28 @@ class Work:
         self.top = self.sides[1].root if self.arguments.head is None else top_of(Path(self.arguments.repository))
 
     def go(self) -> bool:
-        """Parity of both sides, then pairs until all is answered or the time is over; whether it was interrupted."""
+        """Parity of both sides, then pairs; whether it was interrupted.
+
+        Read after a number of pairs known beforehand, and each time as many again, as often as ``looks`` says, the
+        last time when the time is over: what is read has no say in when it is.
+        """
         try:
             self._judge_parity()
             for cell, judged in zip(self.cells, self.parity, strict=True):
                 cell.done = judged.base in _BAD or judged.head in _BAD  # what is wrong has no speed
             spec = {"metrics": METRICS, "repeats": self.arguments.repeats, "seed": self.request.seed}
-            job = Job(self.sides, spec, self.backend_of, self.seed)
+            job = Job(self.sides, spec, self.backend_of, self.seed, measure_block)
             deadline = time.monotonic() + 60 * self.arguments.minutes
             at, read = self.first_look(), 0
             for pairs in rounds(job, self.cells, deadline, self.tell):
-                if pairs >= at and read < self.rules.looks - 1:
-                    self._look()
-                    at, read = 2 * at, read + 1
-            if any(cell.open for cell in self.cells):
+                if pairs < at:
+                    continue
                 self._look()
+                at, read = 2 * at, read + 1
+                if read == self.rules.looks:
+                    break
+            if read < self.rules.looks and any(cell.open for cell in self.cells):
+                self._look()  # the time is over
         except KeyboardInterrupt:
             self._look()
             return True

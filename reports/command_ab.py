@@ -56,7 +56,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repeats", type=int, default=DEFAULT[2], metavar="N", help="samples of a block (default 3)")
     group.add_argument("--store", metavar="FILE", help="append the measured rows to this JSONL file")
     rule_options(parser)
-    parser.set_defaults(looks=3)
+    parser.set_defaults(looks=4)
 
 
 def run(arguments: argparse.Namespace, tell: Tell, kind: str) -> Outcome:

@@ -16,11 +16,8 @@ from reports.verdict.resample import APART, PAIRS, recorded
 from reports.verdict.rivals import OURS, RIVALS, matched
 from reports.verdict.selftest import SPREADS, formatted, measured
 
-#: Blocks per arm, or pairs, at which every rule is compared: what is asked for, and half of it.
-BLOCKS = {
-    APART: {0.005: (8, 10), 0.02: (12, 25), 0.05: (50, 105)},
-    PAIRS: {0.005: (8, 15), 0.02: (8, 16), 0.05: (20, 45)},
-}
+#: Blocks per arm, or pairs, at which every rule is compared: about what is asked for.
+BLOCKS = {APART: {0.005: (10,), 0.02: (24,), 0.05: (100,)}, PAIRS: {0.005: (15,), 0.02: (18,), 0.05: (48,)}}
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Rows -> independent blocks of each cell and metric, and each cell's verdict.
 
 A row that says which of its samples form a block (``blocks``: start and count) has as many blocks; any other row,
-being one process at one time, is one. A block is worth the median of its samples: what is in it is not independent.
-A block marked as disturbed is left out, and counted.
+being one process at one time, is one. A block is worth the mean of its samples' logarithms: what is in it is not
+independent. A block marked as disturbed is left out, and counted.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _add(series: Series, row: Row) -> None:
         if disturbed:
             series.left_out += 1
         else:
-            series.logs.append(float(np.log(np.median(samples[start : start + count]))))
+            series.logs.append(float(np.log(samples[start : start + count]).mean()))
 
 
 def _spans(row: Row, total: int) -> list[tuple[int, int, bool]]:

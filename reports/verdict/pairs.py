@@ -35,8 +35,8 @@ class Looks:
 
 
 def arms_of(base: Sequence[Sequence[float]], head: Sequence[Sequence[float]]) -> Arms:
-    """Samples in ns of every block of each side -> logarithms of the blocks' medians, paired."""
-    sides = [np.log([float(np.median(block)) for block in side]) if len(side) else np.empty(0) for side in (base, head)]
+    """Samples in ns of every block of each side -> means of the blocks' logarithms, paired."""
+    sides = [np.array([np.log(block).mean() for block in side]) if len(side) else np.empty(0) for side in (base, head)]
     return Arms(sides[0], sides[1], True)
 
 
@@ -63,7 +63,7 @@ def side_row(row: Row, blocks: Sequence[Sequence[float]], about: Mapping[str, An
     samples = [float(ns) for block in blocks for ns in block]
     starts = np.cumsum([0, *(len(block) for block in blocks)]).tolist()
     spans = [{"start": start, "count": len(block)} for start, block in zip(starts, blocks, strict=False)]
-    value = typical_of(row, np.log([float(np.median(block)) for block in blocks])) if blocks else None
+    value = typical_of(row, np.array([np.log(block).mean() for block in blocks])) if blocks else None
     kept = {**row.to_dict(), "samples": samples, "blocks": spans, "value": value, "interval": None, "reason": None}
     return Row.from_dict({**kept, "ab": dict(about)})
 

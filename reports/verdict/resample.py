@@ -83,5 +83,5 @@ def draw(
 
 
 def arms(base: np.ndarray, head: np.ndarray, how: str) -> Arms:
-    """A block is worth the median of its samples."""
-    return Arms(np.median(base, axis=-1), np.median(head, axis=-1), how == PAIRS)
+    """A block is worth the mean of its samples' logarithms."""
+    return Arms(base.mean(axis=-1), head.mean(axis=-1), how == PAIRS)

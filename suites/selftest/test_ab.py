@@ -1,0 +1,284 @@
+"""``rwkv-bench ab``: checkouts that leave nothing behind, pairs in random order, answers, what ends it early."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import reports.ab_work
+from harness.ab_blocks import Block, BlockFailed, measure_block, parity_rows
+from harness.ab_checkouts import CheckoutError, Side, checkouts, within
+from harness.store import read
+from reports.verdict.blocks import read_rows
+from suites.selftest.conftest import Done
+
+Bench = Callable[..., Done]
+
+ADAPTER = """
+import numpy as np
+import reference
+from backends.api import BackendInfo
+from reference import Arithmetic
+
+INFO = BackendInfo("mine", "the reference, called by hand", "a test", ("cpu",), {"fp32": Arithmetic()})
+
+class Session:
+    def __init__(self, weights):
+        from speed import STEPS  # a module of theirs
+
+        self.weights, self.steps = weights.in_memory(np.float32), STEPS
+
+    def forward(self, tokens, state):
+        for _ in range(self.steps):
+            out = reference.forward(self.weights, tokens, state)
+        return out
+
+def load(checkpoint, scheme, device, threads):
+    return Session(checkpoint)
+"""
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Two commits of somebody's adapter and a module of theirs; the second takes twice as long."""
+    root = tmp_path / "theirs and more"
+    root.mkdir()
+    git(root, "init", "-q", "-b", "main")
+    (root / "mine.py").write_text(ADAPTER)
+    for steps in (1, 2):
+        (root / "speed.py").write_text(f"STEPS = {steps}\n")
+        git(root, "add", "-A")
+        git(root, "commit", "-q", "-m", f"{steps} steps")
+    return root
+
+
+def sides(root: Path, base: str = "HEAD~1", head: str | None = None) -> Any:
+    import sys
+
+    return checkouts(root, base, head, (sys.executable, sys.executable))
+
+
+@pytest.fixture
+def untouched(repository: Path) -> Iterator[Path]:
+    """Afterwards the repository is as it was."""
+    yield repository
+    assert git(repository, "worktree", "list").count("\n") == 1
+    assert git(repository, "status", "--porcelain") == ""
+    assert git(repository, "branch", "--list").split() == ["*", "main"]
+
+
+def test_both_sides_have_their_own_code(untouched: Path) -> None:
+    with sides(untouched) as (base, head):
+        assert (base.root / "speed.py").read_text() == "STEPS = 1\n"
+        assert head.root == untouched
+        assert "HEAD~1 (" in base.revision
+        assert head.revision == "working tree"
+        assert within(base, untouched, str(untouched / "mine.py")) == str(base.root / "mine.py")
+        assert within(base, untouched, "numpy") == "numpy"
+    assert not base.root.exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_checkouts_are_taken_back_however_it_ends(untouched: Path, error: type[BaseException]) -> None:
+    seen: list[Path] = []
+
+    def end() -> None:
+        with sides(untouched, "main~1", "main") as both:
+            seen.extend(side.root for side in both if side.root.exists())
+            raise error
+
+    with pytest.raises(error):
+        end()
+    assert len(seen) == 2
+    assert not any(root.exists() for root in seen)
+
+
+def test_what_cannot_be_checked_out(untouched: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckoutError, match="no revision 'mian'"), sides(untouched, "mian"):
+        pass
+    with pytest.raises(CheckoutError, match="no such folder"), sides(tmp_path / "nowhere"):
+        pass
+    with pytest.raises(CheckoutError, match="not a git repository"), sides(tmp_path):
+        pass
+    with sides(untouched) as (base, _), pytest.raises(CheckoutError, match="both sides would run the same file"):
+        within(base, untouched, str(tmp_path / "other.py"))
+
+
+def spec(root: Path, model: str, **more: Any) -> dict[str, Any]:
+    known = {"backend": str(root / "mine.py"), "model": model, "scheme": "fp32", "device": "cpu", "threads": 1}
+    return {**known, "seed": 0, "prompt_tokens": 8, "decode_tokens": 4, "repeats": 3, "metrics": ["decode"], **more}
+
+
+def test_a_block_runs_the_code_of_its_side(untouched: Path, small: str) -> None:
+    with sides(untouched) as (base, head):
+        fast = measure_block(base, spec(base.root, small))
+        assert set(fast.ns) == {"decode"}
+        assert len(fast.ns["decode"]) == 3
+        with pytest.raises(BlockFailed, match=r"status 1: .*no scheme q9"):
+            measure_block(head, spec(head.root, small, scheme="q9"))
+        with pytest.raises(BlockFailed, match=r"no end after 0\.01 s"):
+            measure_block(head, spec(head.root, small), timeout=0.01)
+
+
+class Machine:
+    """Stands in for processes: block times with noise that lasts, head slower by ``slowdown``."""
+
+    def __init__(self, slowdown: float = 0.0, ends: int | None = None, broken: str | None = None) -> None:
+        self.rng = np.random.default_rng(0)
+        self.slowdown, self.ends, self.broken = slowdown, ends, broken
+        self.calls: list[str] = []
+        self.level = 0.0
+
+    def measure(self, side: Side, asked: Mapping[str, Any]) -> Block:
+        self.calls.append(side.name)
+        if self.ends is not None and len(self.calls) > self.ends:
+            raise KeyboardInterrupt
+        if self.broken == side.name:
+            raise BlockFailed("killed by SIGSEGV: no more words")
+        self.level = 0.9 * self.level + self.rng.normal(0, 0.05)  # drift far larger than the difference
+        slow = 1 / (1 - self.slowdown) if side.name == "head" else 1.0
+        ns = {
+            metric: tuple(int(1e7 * slow * np.exp(self.level + self.rng.normal(0, 0.004))) for _ in range(3))
+            for metric in asked["metrics"]
+        }
+        return Block(ns, dict.fromkeys(ns, "loop") | {"prefill": None}, "1.0")
+
+    @staticmethod
+    def parity(side: Side, words: list[str]) -> list[dict[str, Any]]:
+        return [{"scheme": "fp32", "verdict": "PASS", "reason": "worst position"}]
+
+
+@pytest.fixture
+def ab(bench: Bench, untouched: Path, small: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Run the command in the repository, with a machine that is made up."""
+    monkeypatch.chdir(untouched)
+
+    def run(machine: Machine, *words: str) -> Done:
+        monkeypatch.setattr(reports.ab_work, "measure_block", machine.measure)
+        monkeypatch.setattr(reports.ab_work, "parity_rows", machine.parity)
+        common = ("--backend", "mine.py", "--model", small, "--threads", "1")
+        return bench("ab", "--base", "HEAD~1", *common, "--seed", "3", *words)
+
+    return run
+
+
+def test_a_slowdown_far_below_the_drift_is_seen(ab: Callable[..., Done]) -> None:
+    machine = Machine(slowdown=0.05)
+    done = ab(machine, "--format", "json")
+    told = json.loads(done.out)
+    assert done.code == 1
+    assert told["paired"] is True
+    assert {it["decision"] for it in told["cells"]} == {"SLOWER"}
+    assert all(it["ratio"] == pytest.approx(0.95, abs=0.03) for it in told["cells"])
+
+
+def test_no_difference_is_answered_and_rows_are_kept(ab: Callable[..., Done], tmp_path: Path) -> None:
+    done = ab(Machine(), "--store", str(tmp_path / "rows.jsonl"), "--effect", "20%", "--margin", "10%")
+    assert done.code == 0
+    assert "2 of 2 no slower" in done.out
+    assert "pairs of blocks" in done.out
+    rows = read(tmp_path / "rows.jsonl")
+    assert {row.extra["ab"]["side"] for row in rows} == {"base", "head"}
+    blocks = {len(series.times) for series in read_rows(rows[:2]).series.values()}
+    assert len(blocks) == 1
+    assert blocks.pop() >= 10
+
+
+def test_a_fair_coin_says_who_is_first(ab: Callable[..., Done]) -> None:
+    machine = Machine()
+    ab(machine, "--effect", "20%", "--margin", "10%")
+    firsts = machine.calls[::2]
+    assert set(zip(firsts, machine.calls[1::2], strict=True)) == {("base", "head"), ("head", "base")}
+    rng = random.Random(3)
+    expected = []
+    for _ in firsts:
+        order = [0]
+        rng.shuffle(order)
+        expected.append("head" if rng.random() < 0.5 else "base")
+    assert firsts == expected
+
+
+def test_ctrl_c_shows_what_was_measured(ab: Callable[..., Done]) -> None:
+    done = ab(Machine(slowdown=0.3, ends=61))
+    assert done.code == 130 or "REGRESSION" in done.out
+    early = ab(Machine(ends=7))
+    assert early.code == 130
+    assert "UNDECIDED" in early.out
+    assert "interrupted" in early.err
+
+
+def test_a_head_that_crashes_is_a_regression(ab: Callable[..., Done]) -> None:
+    done = ab(Machine(broken="head"))
+    assert done.code == 1
+    assert "PASS → CRASHED" in done.out
+    assert "SIGSEGV" in done.out
+    base = ab(Machine(broken="base"))
+    assert base.code == 4
+    assert "cannot be measured in base" in base.out
+
+
+def test_a_head_that_is_wrong_is_not_timed(ab: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    bad = {"base": "PASS", "head": "FAIL"}
+    monkeypatch.setattr(
+        Machine, "parity", staticmethod(lambda side, words: [{"scheme": "fp32", "verdict": bad[side.name]}])
+    )
+    done = ab(machine)
+    assert done.code == 1
+    assert machine.calls == []
+    assert "PASS → FAIL" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--base", "mian"), "no revision 'mian'"),
+        (("--base", "HEAD", "--minutes", "0"), "--minutes is 0"),
+        (("--base", "HEAD", "--base-python", "python0"), "no interpreter python0"),
+        (("--base", "HEAD", "--setup", "echo so it goes >&2; exit 3"), "status 3: so it goes"),
+        (("--base", "HEAD", "--hardware", "a800"), "both sides run on this machine"),
+        ((), "--base"),
+    ],
+)
+def test_what_cannot_be_is_told(
+    bench: Bench, untouched: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(untouched)
+    done = bench("ab", *words, "--backend", "numpy", "--quant", "fp32")
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(bench: Bench, untouched: Path, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes, real parity: twice the work takes twice the time."""
+    monkeypatch.chdir(untouched)
+    done = bench(
+        "ab", "--base", "HEAD~1", "--backend", "mine.py", "--model", small, "--threads", "1", "--format", "json"
+    )
+    told = json.loads(done.out)
+    assert done.code == 1
+    assert {(it["metric"], it["decision"]) for it in told["cells"]} == {("prefill", "SLOWER"), ("decode", "SLOWER")}
+    assert all(0.3 < it["ratio"] < 0.8 for it in told["cells"])
+    assert [it["head"] for it in told["parity"]] == ["PASS"]
+
+
+def test_parity_of_a_side_comes_from_its_own_code(untouched: Path, small: str) -> None:
+    with sides(untouched) as (base, _):
+        words = ["--backend", str(base.root / "mine.py"), "--model", small, "--quant", "fp32", "--threads", "1"]
+        rows = parity_rows(base, words)
+    assert {row["metric"] for row in rows} <= {"parity", "state_parity"}
+    assert {row["verdict"] for row in rows} == {"PASS"}
