@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, tell: Tell, kind: str) -> Outcome:
         stopped = work.go()
         found, rows = work.comparison(), work.rows()
     _store(arguments.store, rows)
-    done = outcome(found, kind, arguments.strict, arguments.output)
+    done = outcome(found, kind, arguments)
     said = (*work.said, *done.said)
     if stopped:
         return Outcome(done.text, INTERRUPTED, (*said, "interrupted; this is what had been measured"))

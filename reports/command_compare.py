@@ -58,6 +58,8 @@ def rule_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--alpha", type=part, default=0.01, metavar="P", help="false alarms, of reports (default 1%%)")
     group.add_argument("--looks", type=_looks, default=2, metavar="N", help="readings of one comparison (default 2)")
     group.add_argument("--strict", action="store_true", help="exit 1 also for what is undecided or missing")
+    more = "write it there as well, in the format its name ends in: .md, .xml, .json"
+    parser.add_argument("--also", action="append", default=[], metavar="FILE", help=more)
 
 
 def run(arguments: argparse.Namespace, tell: Tell, kind: str) -> Outcome:
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace, tell: Tell, kind: str) -> Outcome:
     if not (arguments.base and arguments.head):
         raise InputError("compare: two result files are needed, BASE and HEAD; or --self-test")
     found = compared(arguments.base, arguments.head, rules, _metrics(arguments.metric))
-    return outcome(found, kind, arguments.strict, arguments.output)
+    return outcome(found, kind, arguments)
 
 
 def _self_test(arguments: argparse.Namespace, rules: Rules, tell: Tell, kind: str) -> Outcome:
@@ -110,25 +112,32 @@ def compared(base: str, head: str, rules: Rules, metrics: Sequence[str]) -> Comp
     return compare(files[0], files[1], rules, (base, head))
 
 
-def outcome(found: Comparison, kind: str, strict: bool, output: str | None) -> Outcome:
-    """A comparison as the document asked for, and what it means for the exit status."""
+def outcome(found: Comparison, kind: str, arguments: argparse.Namespace) -> Outcome:
+    """A comparison as the document asked for, and what it means for the exit status; ``--also`` is written."""
+    from harness.console import columns
+    from reports.output import write_output
+
+    strict, output = arguments.strict, arguments.output
+    for path in arguments.also:
+        ending = os.path.splitext(path)[1].lstrip(".").lower()
+        write_output(path, _text(found, _ENDINGS.get(ending, "table"), strict, None))
+    code = FAILED if found.regression or (strict and found.open) else PASSED
+    said = () if kind == "table" and not output else (found.conclusion,)
+    return Outcome(_text(found, kind, strict, None if output else columns()), code, said)
+
+
+_ENDINGS = {"md": "md", "xml": "junit", "json": "json"}
+
+
+def _text(found: Comparison, kind: str, strict: bool, width: int | None) -> str:
     from reports.verdict.junit import as_junit
     from reports.verdict.render import as_json, as_markdown, as_table
 
-    code = FAILED if found.regression or (strict and found.open) else PASSED
     if kind == "json":
-        text = as_json(found)
-    elif kind == "junit":
-        text = as_junit(found, strict)
-    elif kind == "md":
-        text = as_markdown(found)
-    else:
-        from harness.console import columns
-
-        width = None if output else columns()
-        text = as_table(found, width, width is not None)
-    said = () if kind == "table" and not output else (found.conclusion,)
-    return Outcome(text, code, said)
+        return as_json(found)
+    if kind == "junit":
+        return as_junit(found, strict)
+    return as_markdown(found) if kind == "md" else as_table(found, width, width is not None)
 
 
 def rules_of(arguments: argparse.Namespace) -> Rules:

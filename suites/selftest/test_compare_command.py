@@ -138,7 +138,9 @@ def test_missing_and_added_cells_are_named(bench: Bench, tmp_path: Path) -> None
 def test_markdown_has_the_conclusion_first(bench: Bench, tmp_path: Path) -> None:
     base = file(tmp_path / "a.jsonl", 1)
     head = file(tmp_path / "b.jsonl", 2, {(CELLS[1], "decode"): 0.06})
-    done = bench("compare", base, head, "--output", str(tmp_path / "verdict.md"))
+    also = str(tmp_path / "verdict.xml")
+    done = bench("compare", base, head, "--output", str(tmp_path / "verdict.md"), "--also", also)
+    xmlschema.XMLSchema(XSD).validate(also)
     lines = (tmp_path / "verdict.md").read_text().splitlines()
     assert lines[0] == "❌ **REGRESSION: 1 of 6 slower than the margin of 1 % allows**"
     table = [line for line in lines if line.startswith("|")]
