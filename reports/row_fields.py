@@ -52,8 +52,9 @@ def roofline_text(row: Row) -> str:
         return found.reason
     rate = ""
     if found.rate is not None:
-        unit = {"byte/s": "GB/s", "FLOP/s": "GFLOP/s"}.get(found.unit, f"1e9 {found.unit}")
-        rate = f", {number(found.rate / 1e9)} {unit}"
+        unit = {"byte/s": "B/s"}.get(found.unit, found.unit)
+        tera = found.rate >= 1e12
+        rate = f", {number(found.rate / (1e12 if tera else 1e9))} {'T' if tera else 'G'}{unit}"
     return f"{100 * found.fraction:.0f} % of {found.of or 'the roofline'}{rate}"
 
 

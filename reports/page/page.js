@@ -166,8 +166,9 @@
   function run(t, scale, unit, c) {
     const samples = t.samples.map((s) => s * scale), out = new Set(t.out);
     const [lo, hi, mid] = [t.lo * scale, t.hi * scale, t.v * scale];
-    const width = 300, height = 84, left = 44, right = 6, top = 8, bottom = 16;
-    const least = Math.min(...samples), most = Math.max(...samples), room = (most - least || most || 1) * 0.08;
+    const least = Math.min(...samples), most = Math.max(...samples);
+    const left = 14 + 7 * Math.max(digits(least).length, digits(most).length);
+    const width = 300, height = 84, right = 6, top = 8, bottom = 16, room = (most - least || most || 1) * 0.08;
     const y = (v) => top + (height - top - bottom) * (1 - (v - least + room) / (most - least + 2 * room));
     const x = (i) => left + (width - left - right) * (samples.length === 1 ? 0.5 : i / (samples.length - 1));
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img",
@@ -340,8 +341,8 @@
   function past(c, points, list) {
     const card = make("div");
     card.append(make("b", {}, named(c, list)));
-    const width = 250, height = 96, left = 40, right = 8, top = 8, bottom = 18;
     const most = Math.max(...points.map((p) => p.hi ?? p.v)) * 1.05;
+    const width = 250, height = 96, left = 12 + 7 * digits(most / 1.05).length, right = 8, top = 8, bottom = 18;
     const x = (i) => left + (width - left - right) * (i + 0.5) / points.length;
     const y = (v) => top + (height - top - bottom) * (1 - v / most);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img",
