@@ -22,14 +22,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """Sources, and what a prediction assumes, each once."""
     sources = [f"source: {row.extra['source']}" for row in rows if row.extra.get("source")]
     assumed = [f"{row.scheme} {row.metric}: {row.reason}" for row in rows if row.kind == "predicted" and row.reason]
-    missing = [row.reason for row in rows if row.kind == "published" and row.reason and not row.extra.get("ours")]
-    stated = [text for text in missing if text.startswith("not stated")]
+    alone = [row for row in rows if row.kind == "published" and row.reason and row.reason.startswith("not stated")]
+    stated = [f"{row.metric}: {row.reason}" for row in alone]
     return list(dict.fromkeys([*assumed, *stated, *sources]))
 
 
 def _range(row: Row) -> str:
     ends = row.extra.get("range")
-    return "" if not ends else " to ".join(f"{end:.0f}" if end >= 100 else f"{end:.3g}" for end in ends)
+    return "" if not ends else "–".join(f"{end:.0f}" if end >= 100 else f"{end:.3g}" for end in ends)
 
 
 def _percent(fraction: float | None) -> str:
