@@ -5,7 +5,7 @@ from __future__ import annotations
 EXIT_CODES = """\
 exit status:
   0    all that was asked for ran and passed
-  1    a parity failure or a non-finite value
+  1    a parity failure, a non-finite value or a regression
   2    bad usage or bad input
   3    something asked for by name is not available or not supported here
   4    a backend crashed or hung

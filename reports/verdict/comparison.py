@@ -199,6 +199,7 @@ def _conclusion(found: Comparison) -> str:
     slower, wrong, open_ = found.of(SLOWER), found.wrong, found.of(UNDECIDED)
     total = len(found.lines)
     percent = f"{100 * found.rules.margin:g} %"
+    what = "pairs" if found.paired else "blocks of each side"
     tail = []
     if found.regression:
         parts = [f"{len(slower)} of {total} slower than the margin of {percent} allows"] if slower else []
@@ -207,25 +208,25 @@ def _conclusion(found: Comparison) -> str:
     elif not total and not found.parity:
         text = "NOTHING TO COMPARE: no cell is in both"
     elif open_ and len(open_) == total:
-        text = f"UNDECIDED: {_more(open_, found.merged)}"
+        text = f"UNDECIDED: {_more(open_, found.merged, what)}"
     else:
         text = f"no regression: {len(found.of(NO_SLOWER))} of {total} no slower"
     if found.of(FASTER):
         tail.append(f"{len(found.of(FASTER))} faster")
     if open_ and not text.startswith("UNDECIDED"):
-        tail.append(f"{len(open_)} undecided ({_more(open_, found.merged)})")
+        tail.append(f"{len(open_)} undecided ({_more(open_, found.merged, what)})")
     if found.missing:
         tail.append(f"{len(found.missing)} missing")
     return ", ".join([text, *tail])
 
 
-def _more(lines: Sequence[Line], merged: int) -> str:
+def _more(lines: Sequence[Line], merged: int, what: str) -> str:
     lacking = [
         line.answer.needed - merged * min(line.answer.blocks) for line in lines if line.answer.needed is not None
     ]
     if not lacking:
         return "too noisy to say how many blocks would do"
-    return f"up to {max(lacking)} more blocks of each side would tell"
+    return f"up to {max(lacking)} more {what} would tell"
 
 
 __all__ = ["Comparison", "Judged", "Line", "compare", "names_of", "typical_of", "varying"]

@@ -12,7 +12,7 @@ so that as many reports without any difference raise one as with any other. What
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,45 +69,56 @@ RIVALS: Mapping[str, Rule] = {
 
 @dataclass(frozen=True)
 class Seen:
-    """Part of the slowed cells that each rule found, at ``RATE`` of false alarms."""
+    """Part of the slowed cells that each rule found, at ``RATE`` of false alarms, in cells of each spread."""
 
     record: str
     how: str
-    spread: float
     blocks: int
-    power: Mapping[str, float]
+    power: Mapping[float, Mapping[str, float]]
 
 
 def matched(
     record: Record,
     how: str,
-    spread: float,
+    spreads: Sequence[float],
     blocks: int,
     effect: float,
     cells: int,
     seed: int = 0,
     reports: int = REPORTS,
 ) -> Seen:
-    """Thresholds from reports without any difference, power from others with one cell in each slower by ``effect``."""
-    used, rng = record.scaled(spread), np.random.default_rng(seed)
-    rules: dict[str, Rule] = {OURS: lambda base, head: statistic(arms(base, head, how), 0.0).astype(float), **RIVALS}
-    worst: dict[str, list[np.ndarray]] = {name: [] for name in rules}
-    for base, head in _portions(used, how, reports, cells, blocks, rng):
-        for name, rule in rules.items():
-            worst[name].append(rule(base, head).max(axis=1))
-    limits = {name: np.sort(np.concatenate(found))[int((1 - RATE) * reports) - 1] for name, found in worst.items()}
-    hits: dict[str, list[np.ndarray]] = {name: [] for name in rules}
-    for base, head in _portions(used, how, reports, 1, blocks, rng):
-        for name, rule in rules.items():
-            hits[name].append(rule(base, head - np.log1p(-effect)) > limits[name])
-    return Seen(
-        record.name, how, spread, blocks, {name: float(np.mean(np.concatenate(it))) for name, it in hits.items()}
-    )
+    """One threshold per rule from reports without any difference, power from others with one slower cell each.
+
+    Of several ``spreads`` each report has as many cells of each, as one machine has quiet and noisy cells: the
+    threshold is one for all of them, as an option of a command is.
+    """
+    rng = np.random.default_rng(seed)
+    used = {spread: record.scaled(spread) for spread in spreads}
+    rules: dict[str, Rule] = {OURS: lambda base, head: _ours(base, head, how), **RIVALS}
+    worst = {name: np.full(reports, -np.inf) for name in rules}
+    for own in used.values():
+        for at, base, head in _portions(own, how, reports, cells // len(used), blocks, rng):
+            for name, rule in rules.items():
+                found = rule(base, head).max(axis=1)
+                worst[name][at : at + len(found)] = np.maximum(worst[name][at : at + len(found)], found)
+    limits = {name: np.sort(found)[int((1 - RATE) * reports) - 1] for name, found in worst.items()}
+    power = {}
+    for spread, own in used.items():
+        hits: dict[str, list[np.ndarray]] = {name: [] for name in rules}
+        for _, base, head in _portions(own, how, reports, 1, blocks, rng):
+            for name, rule in rules.items():
+                hits[name].append(rule(base, head - np.log1p(-effect)) > limits[name])
+        power[spread] = {name: float(np.mean(np.concatenate(found))) for name, found in hits.items()}
+    return Seen(record.name, how, blocks, power)
+
+
+def _ours(base: np.ndarray, head: np.ndarray, how: str) -> np.ndarray:
+    return statistic(arms(base, head, how), 0.0).astype(float)
 
 
 def _portions(
     record: Record, how: str, reports: int, cells: int, blocks: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     size = max(1, 2_000_000 // (cells * blocks * record.logs.shape[1]))
     for start in range(0, reports, size):
-        yield draw(record, how, min(size, reports - start), cells, blocks, rng)
+        yield (start, *draw(record, how, min(size, reports - start), cells, blocks, rng))
