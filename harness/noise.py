@@ -22,12 +22,15 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.noise_gpu import GpuWatch
+
+#: Clock, heat and load are read at most so often: reading a clock can take the kernel a millisecond.
+_KEPT_SECONDS = 1.0
 
 #: Fields of a cpu line of /proc/stat, see proc(5): user nice system idle iowait irq softirq steal.
 _IDLE, _STEAL, _FIELDS = (3, 4), 7, 8
@@ -58,6 +61,12 @@ class NoiseWatch:
         self._tick = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
         self._children = _children(root)
         self._sensors = _sensors(root)
+        cpus = [root / f"sys/devices/system/cpu/cpu{number}" for number in self._cpus or ()]
+        self._clock_files = _there(cpu / "cpufreq/scaling_cur_freq" for cpu in cpus)
+        self._throttle_files = _there(cpu / "thermal_throttle/core_throttle_count" for cpu in cpus)
+        self._wanted = {f"cpu{number}" for number in self._cpus or ()}
+        self._seen: dict[str, float] = {}
+        self._seen_at = -_KEPT_SECONDS
         self._gpu = GpuWatch.of(device)
         self._began = self._counters()
 
@@ -80,7 +89,9 @@ class NoiseWatch:
                 seen[f"{name}_s"] = last - first
         if now.throttled is not None and before.throttled is not None:
             seen["throttled"] = now.throttled - before.throttled
-        seen.update(self._present())
+        if now.at - self._seen_at >= _KEPT_SECONDS:
+            self._seen, self._seen_at = self._present(), now.at
+        seen.update(self._seen)
         return {name: round(value, 6) for name, value in seen.items()}
 
     def _present(self) -> dict[str, float]:
@@ -109,12 +120,13 @@ class NoiseWatch:
         """Busy and stolen seconds of the CPUs this process may use, since the system started."""
         if self._cpus is None:
             return None, None
-        wanted = {f"cpu{number}" for number in self._cpus}
         busy = steal = 0
         seen = 0
         for line in _text(self._root / "proc/stat").splitlines():
+            if not line.startswith("cpu"):
+                break
             name, *words = line.split()
-            if name not in wanted:
+            if name not in self._wanted:
                 continue
             ticks = [int(word) for word in words[:_FIELDS]]
             if len(ticks) == _FIELDS:
@@ -125,8 +137,7 @@ class NoiseWatch:
 
     def _clocks(self) -> list[float]:
         """MHz of those CPUs: of cpufreq, else of /proc/cpuinfo."""
-        where = [self._root / f"sys/devices/system/cpu/cpu{n}/cpufreq/scaling_cur_freq" for n in self._cpus or ()]
-        found = [value / 1000 for value in (_number(path) for path in where) if value]
+        found = [value / 1000 for value in (_number(path) for path in self._clock_files) if value]
         if found:
             return found
         text = _text(self._root / "proc/cpuinfo")
@@ -134,10 +145,7 @@ class NoiseWatch:
         return [every[n] for n in self._cpus or () if n < len(every)]
 
     def _throttled(self) -> int | None:
-        where = [
-            self._root / f"sys/devices/system/cpu/cpu{n}/thermal_throttle/core_throttle_count" for n in self._cpus or ()
-        ]
-        found = [value for value in (_number(path) for path in where) if value is not None]
+        found = [value for value in (_number(path) for path in self._throttle_files) if value is not None]
         return int(sum(found)) if found else None
 
 
@@ -167,6 +175,10 @@ def _stat(root: Path, pid: int) -> list[str]:
     return _text(root / f"proc/{pid}/stat").rpartition(")")[2].split()
 
 
+def _there(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.exists()]
+
+
 def _sensors(root: Path) -> list[Path]:
     """Files with the CPU's temperatures, in thousandths of a degree."""
     found = []
@@ -189,6 +201,7 @@ def _number(path: Path) -> float | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
         return ""

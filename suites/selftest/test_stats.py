@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from harness import stats
 from harness.rows import Row
 from harness.samples import Workload
+from harness.stats import LOOK_CONFIDENCE, LOOKS, interval_of_looks, interval_rank, median_interval
 
 TIMES = st.lists(st.integers(1, 10**15), min_size=1, max_size=60)
 
@@ -165,3 +166,30 @@ class TestDerivedRow:
             self.row("decode", value=3.0, samples=(1, 2), workload=None),
         ):
             assert stats.derived(row) is row
+
+
+def test_all_looks_together_miss_the_median_in_at_most_one_of_twenty_runs() -> None:
+    """The number of samples below the median, carried exactly from look to look, whatever the rule of stopping."""
+    walk, taken, missed = np.array([1.0]), 0, 0.0
+    for n in LOOKS:
+        for _ in range(n - taken):
+            walk = (np.append(walk, 0) + np.insert(walk, 0, 0)) / 2
+        taken, k = n, interval_rank(n, LOOK_CONFIDENCE)
+        assert k is not None
+        beyond = (np.arange(n + 1) < k) | (np.arange(n + 1) > n - k)
+        missed += float(walk[beyond].sum())
+        walk[beyond] = 0
+    assert missed <= 0.05
+    assert missed > 0.04  # and no wider than it must be
+    assert missed + walk.sum() == pytest.approx(1)
+
+
+def test_the_interval_of_looks_is_that_of_the_last_look() -> None:
+    samples = [float(i * 37 % 101) for i in range(30)]
+    assert interval_of_looks(samples[:5]) is None
+    assert interval_of_looks(samples[:11]) == median_interval(samples[:11])
+    assert interval_of_looks(samples) == median_interval(samples[:27], LOOK_CONFIDENCE)
+    wide, usual = interval_of_looks(samples), median_interval(samples[:27])
+    assert wide is not None
+    assert usual is not None
+    assert wide[0] <= usual[0] < usual[1] <= wide[1]
