@@ -17,6 +17,9 @@ from harness.status import Ran
 
 Records = list[dict[str, Any]]
 
+#: What a sweep may vary, shown where it does.
+_POINTS = ("threads", "prompt_tokens", "decode_tokens", "batch")
+
 
 @dataclass(frozen=True)
 class Foreseen:
@@ -50,6 +53,8 @@ def records(planned: Plan, cells: Sequence[Foreseen]) -> Records:
             "scheme": it.cell.scheme,
             "hardware": it.cell.hardware.name,
             "model": it.cell.model,
+            "threads": it.cell.threads,
+            **vars(it.cell.workload),
             "seconds": None if it.reason else round(it.seconds, 1),
             "memory_bytes": it.bytes,
             "reason": it.reason,
@@ -71,9 +76,11 @@ def records(planned: Plan, cells: Sequence[Foreseen]) -> Records:
 
 def for_people(found: Records) -> Records:
     """The same records with times and sizes as people read them."""
+    swept = [key for key in _POINTS if len({record[key] for record in found if key in record}) > 1]
     return [
         {
             **{key: record[key] for key in ("backend", "scheme", "hardware", "model")},
+            **{key.removesuffix("_tokens"): record.get(key) for key in swept},
             "time": None if record["seconds"] is None else duration(record["seconds"]),
             "memory": None if record["memory_bytes"] is None else f"{record['memory_bytes'] / GIB:.1f} GiB",
             "would run": record["reason"] or "yes",
