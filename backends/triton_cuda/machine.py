@@ -27,6 +27,9 @@ _INTERPRETER = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to check
 _CONTEXT_BYTES = 700 << 20
 _GIB = 1 << 30
 
+#: Lengths of prompts whose graphs are kept, with what they need.
+KEPT_PROMPTS = 2
+
 
 def interpreted() -> bool:
     """Whether Triton's interpreter is on, by the variable and the values that Triton itself goes by."""
@@ -140,9 +143,11 @@ def check_capability(name: str, capability: tuple[int, int]) -> None:
 
 
 def needed_bytes(config: Config, scheme: str, piece: int) -> int:
-    """Predicted bytes on the card: weights, what a piece of so many tokens needs, a context."""
+    """Predicted bytes on the card: weights, what pieces of so many tokens need, a context."""
     c, f, v = config.n_embd, config.n_ffn, config.n_vocab
-    rows = piece * (4 * c + 2 * 3 * c + 4 * 4 * c + 6 * f)  # stream, mixed, k v r and out, k and its square
+    rows = (
+        (1 + KEPT_PROMPTS) * piece * (4 * c + 2 * 3 * c + 4 * 4 * c + 6 * f)
+    )  # stream, mixed, k v r and out, k and its square
     unpacked = 2 * c * max(f, c) if scheme.startswith(("q4", "q8")) else 0
     state = 8 * config.n_layer * 5 * c * 4
     return stored_bytes(config, scheme) + rows + unpacked + state + 8 * v + _CONTEXT_BYTES

@@ -67,8 +67,8 @@ class Matrix:
         codes = 32 // self.bits
         out = self.vectors(1, x.dtype)[0]
         out[: self.columns] = x
-        factors = torch.tensor([2.0 ** -(j * self.bits % 16) for j in range(codes)], device=x.device)
-        return (out.view(-1, codes) * factors).t().reshape(-1)
+        exponents = 127 - torch.arange(codes, dtype=torch.int32, device=x.device) * self.bits % 16
+        return (out.view(-1, codes) * (exponents << 23).view(torch.float32)).t().reshape(-1)
 
     def tile(self, results: int) -> Tile:
         """Tile of a product of so many of its results with one vector."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backends.api import State, Tap
 from backends.triton_cuda.graph import Work, captured
-from backends.triton_cuda.machine import check_memory, open_device
+from backends.triton_cuda.machine import KEPT_PROMPTS, check_memory, open_device
 from backends.triton_cuda.model import Model
 from backends.triton_cuda.place import place
 from backends.triton_cuda.types import TYPES
@@ -78,31 +78,75 @@ class Decoding:
         self._model.choose(self.buffers)
 
 
+class Prompts:
+    """Prompts of one sequence. A length that comes again is captured: launching its kernels one by one takes longer
+    than a short prompt itself. The last few lengths are kept, each with the memory of its results."""
+
+    KEPT = KEPT_PROMPTS
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._seen: set[int] = set()
+        self._graphs: dict[int, _Prompt] = {}
+
+    def run(self, ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """``ids (1, T)``, ``past (1, L, 5, C)`` -> logits ``(1, V)`` after the last and the new state."""
+        length = ids.shape[1]
+        if length not in self._seen:
+            self._seen.add(length)
+            after = torch.empty_like(past)
+            return self._model.head(self._model.hidden(ids, past, after)[-1:]), after
+        if length not in self._graphs:
+            for oldest in list(self._graphs)[: len(self._graphs) - self.KEPT + 1]:
+                del self._graphs[oldest]
+            self._graphs[length] = _Prompt(self._model, ids, past)
+        return self._graphs[length].run(ids, past)
+
+
+class _Prompt:
+    """One length as a graph on its own buffers."""
+
+    def __init__(self, model: Model, ids: Tensor, past: Tensor) -> None:
+        self._ids, self._past, self._after = ids.clone(), past.clone(), torch.empty_like(past)
+        self._logits = torch.empty(1, model.config.n_vocab, device=model.device)
+        self._replay = captured(lambda: self._work(model), model.device)
+
+    def _work(self, model: Model) -> None:
+        x = model.hidden(self._ids, self._past, self._after)
+        self._logits.copy_(model.head(x[-1:]))
+
+    def run(self, ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        self._ids.copy_(ids)
+        self._past.copy_(past)
+        self._replay()
+        return self._logits, self._after.clone()
+
+
 class TritonSession:
     """A :class:`backends.api.Session` with every optional capability. A state is a tensor ``(L, 5, C)``."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._decoding: dict[int, Decoding] = {}
+        self._prompts = Prompts(model)
         self._initial = self.import_state(initial_state(model.config))
 
     def forward(self, tokens: Sequence[int], state: State | None) -> tuple[np.ndarray, State]:
         with _on(self._model.device):
             ids, past = self._started(tokens, state)
-            if ids.shape[1] == 1:
-                logits, after = self._decoder(1).step(ids[0], past)
-            else:
-                x, after = self._hidden(ids, past)
-                logits = self._model.head(x[-1:])
-            return _to_numpy(logits[0]), after[0]
+            for piece in torch.split(ids, PIECE, dim=1):
+                one = piece.shape[1] == 1
+                logits, past = self._decoder(1).step(piece[0], past) if one else self._prompts.run(piece, past)
+            return _to_numpy(logits[0]), past[0]
 
     def logits(self, tokens: Sequence[int], state: State | None) -> np.ndarray:
         with _on(self._model.device):
             ids, past = self._started(tokens, state)
             found = []
             for piece in torch.split(ids, PIECE, dim=1):
-                x, past = self._hidden(piece, past)
-                found.append(_to_numpy(self._model.head(x)))
+                after = torch.empty_like(past)
+                found.append(_to_numpy(self._model.head(self._model.hidden(piece, past, after))))
+                past = after
             return np.concatenate(found)
 
     def trace(self, tokens: Sequence[int], state: State | None, tap: Tap) -> tuple[np.ndarray, State]:
@@ -140,7 +184,7 @@ class TritonSession:
 
     def close(self) -> None:
         on_cuda = self._model.device.type == "cuda"
-        del self._model, self._decoding, self._initial
+        del self._model, self._decoding, self._prompts, self._initial
         if on_cuda:
             gc.collect()  # graphs hold their memory until they are gone
             torch.cuda.empty_cache()
@@ -149,14 +193,6 @@ class TritonSession:
         """Ids ``(1, T)`` and the past ``(1, L, 5, C)`` on the device."""
         ids = torch.from_numpy(check_tokens(tokens, self._model.config.n_vocab)).to(self._model.device)
         return ids[None], (self._initial if state is None else state)[None]
-
-    def _hidden(self, ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head takes, of the last piece, and the new state."""
-        x = past
-        for piece in torch.split(ids, PIECE, dim=1):
-            after = torch.empty_like(past)
-            x, past = self._model.hidden(piece, past, after), after
-        return x, past
 
     def _decoder(self, batch: int) -> Decoding:
         if batch not in self._decoding:

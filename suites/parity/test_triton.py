@@ -135,6 +135,22 @@ def test_greedy_is_the_plain_loop_for_one_sequence_and_for_several() -> None:
         np.testing.assert_array_equal(session.export_state(states[i]), before[i])
 
 
+def test_a_length_that_comes_again_runs_on_buffers_of_its_own_and_is_the_same() -> None:
+    """The second prompt of a length is captured, the third replayed; of more lengths than are kept the oldest goes."""
+    session = load("fp32")
+    for length in (6, 7, 8, 6):
+        first, state = session.forward(TOKENS[:length], None)
+        for _ in range(2):
+            again, after = session.forward(TOKENS[:length], None)
+            np.testing.assert_array_equal(again, first)
+            np.testing.assert_array_equal(session.export_state(after), session.export_state(state))
+    other, _ = session.forward(TOKENS[6:12], state)
+    np.testing.assert_array_equal(session.export_state(after), session.export_state(state))
+    want, _ = forward(apply(weights(), "fp32"), TOKENS[:12])
+    assert logits_error(other[None], want[None].astype(np.float64), truth("fp32").unit).rms < 1e-5
+    assert len(session._prompts._graphs) == 2
+
+
 def test_a_prompt_longer_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     from backends.triton_cuda import session as module
 

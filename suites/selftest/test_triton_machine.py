@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,8 +12,14 @@ from backends import triton_cuda
 from backends.api import Unavailable, Unsupported
 from backends.triton_cuda import machine
 from reference.config import preset
+from reference.schemes import bytes_read_per_token
+from suites.throughput import triton_rwkv
 
 GIB = 1 << 30
+
+
+def _missing(name: str) -> Any:
+    raise OSError(name)
 
 
 @pytest.fixture
@@ -52,10 +59,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, lac
 
 @pytest.mark.usefixtures("compiling")
 def test_no_driver_is_unavailable_and_names_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setattr(ctypes, "CDLL", _missing)
     with pytest.raises(Unavailable, match=r"^no CUDA driver here \(libcuda.so.1\); .*TRITON_INTERPRET=1"):
         triton_cuda.check()
     assert machine.driver_version() == 0
@@ -160,6 +164,32 @@ def test_the_interpreter_is_never_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tiles, "INTERPRETED", False)
     with pytest.raises(Unsupported, match="was changed after this process had defined its kernels"):
         machine.open_device("cpu")
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("script", ["triton_wkv", "triton_rwkv"])
+def test_comparisons_without_a_gpu_say_why_and_end_with_3(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", _missing)
+    assert import_module(f"suites.throughput.{script}").main([]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("no CUDA driver here")
+    assert said.err.count("\n") == 1
+
+
+def test_the_comparison_with_the_rwkv_package_is_printed_as_ratios_and_fractions() -> None:
+    config = preset("7b-world")
+    mine, rival = (triton_rwkv.Speeds(n, "fp16", d, {512: p}) for n, d, p in (("triton", 200, 9e3), ("rwkv", 50, 9e3)))
+    printed = triton_rwkv.table([mine, rival], rival, config, 4e12, 800e12)
+    decode, prefill = (line.split() for line in printed.splitlines()[1:3])
+    assert decode[-3:] == ["200.0", f"{200 * bytes_read_per_token(config, 'fp16') / 4e12:.1%}", "4.00"]
+    assert prefill[:3] == ["triton", "fp16", "512"]
+    assert prefill[-1] == "1.00"
+    assert 0.10 < float(prefill[-2].rstrip("%")) / 100 < 0.18  # 14 GFLOP a token
+    assert not triton_rwkv._met(mine, rival)
+    assert triton_rwkv._met(mine, triton_rwkv.Speeds("rwkv", "fp16", 50, {512: 6e3}))
 
 
 def test_a_scheme_it_does_not_have() -> None:

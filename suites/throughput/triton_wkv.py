@@ -1,0 +1,147 @@
+"""The WKV kernels over a prompt beside ``fla.ops.rwkv4``, on one GPU: median times, their ratio, both against float64.
+
+    python -m suites.throughput.triton_wkv [--channels 4096] [--lengths 512 4096] [--device cuda]
+
+Same float32 inputs, results first held against the recurrence in float64 (this project's reference); a kernel that
+is wrong gets no time. Times are those of replayed CUDA graphs where the kernel can be captured, taken by events.
+fla is optional: without it our times stand alone. Ours includes r * wkv, which fla leaves to the caller.
+
+Exit status: 0; 1 where a result is wrong or the ratio is under --bar; 2 for wrong usage; 3 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from backends.api import Unavailable, Unsupported
+from backends.triton_cuda import machine
+from reference.forward import PP_START, WkvState, wkv
+from reference.numerics import Exact
+
+#: Relative error that float32 exponents allow with keys of some units.
+WRONG = 1e-4
+_ROUNDS, _WARMUP = 50, 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; see the module."""
+    asked = _parsed(arguments)
+    try:
+        machine.check()
+        device = machine.open_device(asked.device)
+        if device.type != "cuda":
+            raise Unavailable("times are those of a GPU", "unset TRITON_INTERPRET")
+    except (Unavailable, Unsupported) as error:
+        print(error, file=sys.stderr)
+        return 3
+    import torch
+
+    print(f"{torch.cuda.get_device_name(device)}, {asked.channels} channels; fla {_fla_version()}")
+    print(f"{'tokens':>7}{'ours us':>10}{'fla us':>10}{'ratio':>8}{'our error':>11}{'fla error':>11}")
+    failed = False
+    with torch.cuda.device(device), torch.inference_mode():
+        for length in asked.lengths:
+            failed |= not _row(length, asked.channels, device, asked.bar)
+    return int(failed)
+
+
+def _row(length: int, channels: int, device: Any, bar: float) -> bool:
+    """Print one length; whether it is right, and fast enough where there is something to compare with."""
+    import torch
+
+    random = np.random.default_rng(length)
+    k, v, r = (random.standard_normal((length, channels)).astype(np.float32) for _ in range(3))
+    w, u = np.exp(random.uniform(-6, 2, channels)).astype(np.float32), random.standard_normal(channels)
+    zeros = np.zeros(channels)
+    start = WkvState(zeros, zeros, np.full(channels, PP_START))
+    k64, v64, w64 = (x.astype(np.float64) for x in (k, v, w))
+    want, _ = wkv(k64, v64, w64, u, start, Exact(np.float64))
+    kt, vt, rt, wt, ut = (torch.from_numpy(x.astype(np.float32)).to(device) for x in (k, v, r, w, u))
+    ours, raw = _ours(kt, vt, rt, wt, ut)
+    ours()
+    our_error = _off(raw, want)
+    theirs = _fla(kt, vt, wt, ut) if find_spec("fla") else None
+    fla_error = _off(theirs()[0], want) if theirs else float("nan")
+    our_time = _microseconds(ours) if our_error <= WRONG else float("nan")
+    fla_time = _microseconds(theirs) if theirs and fla_error <= WRONG else float("nan")
+    ratio = fla_time / our_time
+    print(f"{length:>7}{our_time:>10.1f}{fla_time:>10.1f}{ratio:>8.2f}{our_error:>11.1e}{fla_error:>11.1e}")
+    return our_error <= WRONG and (theirs is None or ratio >= bar)
+
+
+def _ours(k: Any, v: Any, r: Any, w: Any, u: Any) -> tuple[Callable[[], None], Any]:
+    """The kernels as the model launches them, into buffers of their own; the second one holds wkv."""
+    import torch
+
+    from backends.triton_cuda.model import scan
+
+    past = torch.zeros(1, 3, k.shape[1], device=k.device)
+    past[:, 2] = PP_START
+    after, out, raw = torch.empty_like(past), torch.full_like(k, torch.nan), torch.full_like(k, torch.nan)
+    scan(k, v, r, w, u, past, after, len(k), out, raw)  # the traced variant is the one that shows wkv
+    return lambda: scan(k, v, r, w, u, past, after, len(k), out), raw
+
+
+def _fla(k: Any, v: Any, w: Any, u: Any) -> Callable[[], Any]:
+    """``fused_recurrent_rwkv4``: its decay is a logarithm, as in checkpoints, its state ``(batch, 3, 1, C)``."""
+    import torch
+    from fla.ops.rwkv4 import fused_recurrent_rwkv4
+
+    state = torch.zeros(1, 3, 1, k.shape[1], device=k.device)
+    state[:, 2] = PP_START
+    return lambda: fused_recurrent_rwkv4(w.log(), u, k[None], v[None], state)
+
+
+def _microseconds(run: Callable[[], Any]) -> float:
+    """Median time of a run by events, replayed from a graph where it can be captured."""
+    import torch
+
+    for _ in range(_WARMUP):
+        run()
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        replay: Callable[[], Any] = graph.replay
+    except RuntimeError:  # somebody else's operator may allocate or synchronise
+        torch.cuda.synchronize()
+        replay = run
+    times: list[float] = []
+    for _ in range(_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _off(got: Any, want: np.ndarray) -> float:
+    found = got.reshape(want.shape).double().cpu().numpy()
+    return float(np.linalg.norm(found - want) / np.linalg.norm(want))
+
+
+def _fla_version() -> str:
+    return machine.installed("flash-linear-attention") or "is not installed"
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m suites.throughput.triton_wkv", description=__doc__)
+    parser.add_argument("--channels", type=int, default=4096)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--bar", type=float, default=1.5, help="least ratio of fla's time to ours (default: 1.5)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
