@@ -18,6 +18,9 @@ MOST_SAMPLES = 200
 #: Metrics a cell's details show, in this order.
 _TIMES = ("prefill", "decode", "time_to_first_token", "first_call", "load")
 
+#: Metrics that have a place of their own; any other is listed with its figure.
+_KNOWN = (*_TIMES, *QUALITY, "parity", "state_parity")
+
 
 def record(cell: Cell, i: int, colour: int, history: Mapping[str, Points]) -> dict[str, Any]:
     """One cell; numbers are what is sorted by and drawn, texts what is read."""
@@ -72,10 +75,19 @@ def facts(cell: Cell) -> list[tuple[str, str]]:
         ("measured", f"{row.time or 'time unknown'}, run {row.run}" if row.run else row.time),
         ("source", row.extra.get("source")),
         *((metric.replace("_", " "), quality_text(cell, metric)) for metric in QUALITY),
-        *((r.metric.replace("_", " "), r.reason) for r in reasons(cell)),
+        *((r.metric.replace("_", " "), more_text(r)) for r in cell.rows if r.metric not in _KNOWN),
+        *((r.metric.replace("_", " "), r.reason) for r in reasons(cell) if r.metric in _KNOWN),
         ("command", row.command),
     ]
     return [(name, str(text)) for name, text in found if text not in (None, "")]
+
+
+def more_text(row: Row) -> str:
+    """A figure of a metric that has no place of its own, with interval, unit and reason."""
+    if row.value is None:
+        return row.reason or row.verdict or ""
+    interval = f" ({row.interval[0]:.3g} to {row.interval[1]:.3g})" if row.interval else ""
+    return f"{row.value:.3g}{interval} {row.unit}" + (f"; {row.reason}" if row.reason else "")
 
 
 def reasons(cell: Cell) -> list[Row]:

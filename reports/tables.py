@@ -170,6 +170,9 @@ def group_cells(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
+#: What a row says of several cells together is no verdict on the one that it stands with.
+_ABOUT_OTHERS = ("length_slope",)
+
 #: Verdicts of cells that never started.
 _NOT_RUN = ("UNAVAILABLE", "UNSUPPORTED")
 #: Verdicts of processes that ended before their cell did.
@@ -241,7 +244,7 @@ def _figures(group: Sequence[Row], timed: bool) -> tuple[str, ...]:
 def verdict_of(group: Sequence[Row]) -> str:
     """The worst verdict of the group: a cell passes if all of it does."""
     order = ("CRASHED", "TIMEOUT", "FAIL", "UNAVAILABLE", "UNSUPPORTED", "PASS")
-    found = {row.verdict for row in group}
+    found = {row.verdict for row in group if row.metric not in _ABOUT_OTHERS}
     return next((verdict for verdict in order if verdict in found), "")
 
 

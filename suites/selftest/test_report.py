@@ -241,6 +241,16 @@ class TestDocuments:
         assert re.fullmatch(r"\d+ % of read bandwidth, 38\.0 GB/s", times["decode"]["roofline"])
         assert len(times["prefill"]["samples"]) == 12
 
+    def test_a_metric_without_a_place_is_listed_and_is_no_verdict_on_the_cell(self) -> None:
+        slope = replace(
+            cell()[0], metric="length_slope", unit="", error=None, bound=None, verdict="UNSUPPORTED", reason="too few"
+        )
+        (found,) = cells([*cell(), slope])
+        assert (found.verdict, found.judged) == ("PASS", "")
+        assert dict(record(found, 0, 0, {})["facts"])["length slope"] == "too few"
+        (found,) = cells([*cell(), replace(slope, value=12.0, interval=(-3.0, 20.0), verdict="PASS", reason=None)])
+        assert dict(record(found, 0, 0, {})["facts"])["length slope"] == "12 (-3 to 20) ns/token"
+
     def test_samples_beyond_what_can_be_seen_are_thinned_and_counted(self) -> None:
         (found,) = cells(cell(samples=1000))
         times = record(found, 0, 0, {})["times"]
