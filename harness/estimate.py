@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from harness.blocks import FRESH_SAMPLES
 from harness.budget import keeps, shortage
 from harness.measure import Sampling
 from harness.models import is_generated, model_config
@@ -53,7 +54,9 @@ def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None
     gate = (DRAWS + 6) * batch(GATE_TOKENS) + (GATE_TOKENS + 4) * step
     seconds = load + gate
     if sampling is not None:
-        runs = sampling.repeats + sampling.warmup
+        loads = sampling.repeats if sampling.fresh else 1
+        seconds *= loads
+        runs = sampling.repeats * (FRESH_SAMPLES if sampling.fresh else 1) + loads * sampling.warmup
         work = cell.workload
         timed = runs * (batch(work.prompt_tokens) + work.decode_tokens * step)
         seconds += timed if sampling.budget_s is None else min(timed, max(2 * sampling.budget_s, timed / runs))
