@@ -32,18 +32,26 @@ def merge_factor(arms: Sequence[np.ndarray]) -> int:
 
 def alike(arms: Sequence[np.ndarray]) -> bool:
     """Whether neighbours are more alike than chance makes them, over all arms together."""
-    found = [(len(arm), autocorrelation(arm)) for arm in arms if len(arm) >= _FEWEST]
-    if not found:
+    by_length: dict[int, list[np.ndarray]] = {}
+    for arm in arms:
+        if len(arm) >= _FEWEST:
+            by_length.setdefault(len(arm), []).append(arm)
+    if not by_length:
         return False
-    return sum(n * (r + 1 / (n - 1)) for n, r in found) / math.sqrt(sum(n for n, _ in found)) > _ALIKE
+    excess = sum(n * float((autocorrelations(np.stack(own)) + 1 / (n - 1)).sum()) for n, own in by_length.items())
+    return excess / math.sqrt(sum(n * len(own) for n, own in by_length.items())) > _ALIKE
 
 
 def autocorrelation(arm: np.ndarray) -> float:
     """Lag-1 autocorrelation of the ranks of ``(n,)`` values in order of time; 0 where all are one value."""
-    ranks = np.empty(len(arm))
-    ranks[np.argsort(arm, kind="stable")] = np.arange(len(arm))
-    ranks -= ranks.mean()
-    return float(ranks[1:] @ ranks[:-1] / (ranks @ ranks)) if np.ptp(arm) > 0 else 0.0
+    return float(autocorrelations(arm[None])[0])
+
+
+def autocorrelations(arms: np.ndarray) -> np.ndarray:
+    """The same of each of ``(arms, n)``: ``(arms,)``."""
+    ranks = np.argsort(np.argsort(arms, axis=1, kind="stable"), axis=1) - (arms.shape[1] - 1) / 2
+    found = (ranks[:, 1:] * ranks[:, :-1]).sum(axis=1) / np.square(ranks).sum(axis=1)
+    return np.asarray(np.where(np.ptp(arms, axis=1) > 0, found, 0.0))
 
 
 def merged(arm: np.ndarray, factor: int) -> np.ndarray:
