@@ -7,8 +7,7 @@ from dataclasses import replace
 from harness.machine.known import Profile, profiles
 from harness.roofline import Rates, decode_fraction, prefill_flops, weight_bytes
 from harness.rows import Row
-from reference.config import Config, preset
-from reference.errors import ConfigError
+from reference.config import Config, preset, preset_names
 from reference.schemes import SCHEMES
 
 #: A prompt so long that the head's single product does not count, for figures that state no length.
@@ -33,10 +32,7 @@ def with_peak_fraction(row: Row) -> Row:
 
 def config_of(model: str) -> Config | None:
     """Shape of a released size; ``None`` for any other name."""
-    try:
-        return preset(model)
-    except ConfigError:
-        return None
+    return preset(model) if model in preset_names() else None
 
 
 def peak_rates(profile: Profile) -> Rates:
