@@ -70,9 +70,17 @@ class Blocks:
 
 
 def narrow(times: Sequence[float], precision: float) -> bool:
-    """Whether the median's interval, as of the last look, is within ``precision`` of the median on both sides."""
-    interval = interval_of_looks(times)
-    return len(times) >= LOOKS[0] and interval is not None and half_width(times, interval) <= precision
+    """Whether the median's interval, as of the last look, is within ``precision`` of the median on both sides.
+
+    Of the times and of the rates alike: a table shows either.
+    """
+    if len(times) < LOOKS[0]:
+        return False
+    for values in (times, [1 / time for time in times]):
+        interval = interval_of_looks(values)
+        if interval is None or not half_width(values, interval) <= precision:
+            return False
+    return True
 
 
 #: Turns after which the interval is looked at: just past each look, and on the way for what was cut off.

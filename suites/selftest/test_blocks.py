@@ -10,7 +10,7 @@ import pytest
 from harness.blocks import Blocks, Kept, narrow
 from harness.rows import Row
 from harness.samples import NonFinite, Sampling, Taken, Workload
-from harness.stats import LOOKS, block_medians, derived, disturbed
+from harness.stats import LOOKS, block_medians, derived, disturbed, interval_of_looks
 
 QUIET = {"seconds": 1.0, "cpu_s": 2.0, "others_s": 0.0, "waited_s": 0.0}
 BUSY = {**QUIET, "others_s": 1.0}
@@ -136,3 +136,11 @@ def test_a_logit_that_is_no_number_ends_it_at_once() -> None:
     found.add(Taken((1,), non_finite_at=NonFinite("sample", 0, 0, 1, "nan")), 0)
     assert found.stopped() is not None
     assert found.non_finite_at is not None
+
+
+def test_narrow_is_narrow_in_the_unit_that_is_shown() -> None:
+    """Times from 1 to 1.4 around 1.2 are within 17 % of it; their rates reach 20 % above."""
+    times = [1.0] * 6 + [1.2] * 6 + [1.4] * 6
+    assert interval_of_looks(times) == (1.0, 1.4)
+    assert not narrow(times, 0.18)
+    assert narrow(times, 0.21)
