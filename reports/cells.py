@@ -91,7 +91,7 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
     quality = _quality(rows)
     found = []
     for runs in groups.values():
-        ordered = sorted(runs.values(), key=lambda group: max(row.time or "" for row in group))
+        ordered = sorted(runs.values(), key=_age)
         newest = tuple(ordered[-1])
         known = (*quality.get(_subject(newest[0]), ()), *(row for row in newest if row.metric in QUALITY))
         earlier = tuple(tuple(group) for group in ordered[:-1])
@@ -120,6 +120,11 @@ def _key(row: Row) -> tuple[Any, ...]:
     # What others printed or published has a line for each claim, whatever it leaves unsaid.
     claim = (row.metric, row.value, str(row.extra.get("source"))) if row.kind in ("published", "predicted") else ()
     return (row.kind, machine, row.model_sha256, *cell(replace(row, driver=None)), *claim)
+
+
+def _age(run: Sequence[Row]) -> tuple[bool, str]:
+    """Order of runs of one cell; one in which it was not available measured nothing and replaces no other."""
+    return (verdict_of(run) != "UNAVAILABLE", max(row.time or "" for row in run))
 
 
 def machine_of(row: Row) -> str:

@@ -16,10 +16,10 @@ HELP = "result files -> md, csv, json, jsonl, html, png"
 
 EXAMPLES = """\
 examples:
-  rwkv-bench report                              the user's own store, as a table
+  rwkv-bench report                              your own store, as a table
   rwkv-bench report --output report.html         one page, nothing else needed
   rwkv-bench report a.jsonl b.json --format md   two files joined
-  rwkv-bench report ci/*.jsonl --output now.png  bars, roofline, frontier, history
+  rwkv-bench report ci/*.jsonl --output now.png  bars, roofline, frontier ...
   rwkv-bench report a.jsonl b.jsonl --format jsonl > all.jsonl
   ssh box cat rows.jsonl | rwkv-bench report - --quant int4
 

@@ -112,6 +112,13 @@ class TestCells:
         assert found[0].first.run == "run-2"
         assert [rows[0].run for rows in found[0].earlier] == ["run-0", "run-1"]
 
+    def test_a_run_that_could_not_start_replaces_no_measured_one(self) -> None:
+        gone = replace(cell(run=5)[0], verdict="UNAVAILABLE", error=None, bound=None, reason="its environment is gone")
+        (found,) = cells([*cell(run=1), gone])
+        assert (found.verdict, found.first.run) == ("PASS", "run-1")
+        crashed = replace(gone, verdict="CRASHED")
+        assert [c.verdict for c in cells([*cell(run=1), crashed])] == ["CRASHED"]
+
     def test_machines_under_one_short_name_are_two(self) -> None:
         other = [replace(row, hardware_detail={"name": "Intel Xeon"}) for row in cell()]
         assert [c.hardware for c in cells([*cell(), *other])] == ["cpu (AMD EPYC 9654)", "cpu (Intel Xeon)"]
