@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import reports.ab_work
 from harness.ab_blocks import Block, BlockFailed, measure_block, parity_rows
 from harness.ab_checkouts import CheckoutError, Side, checkouts, within
+from harness.options import parse
 from harness.store import read
 from reports.verdict.blocks import read_rows
 from suites.selftest.conftest import Done
@@ -282,3 +285,19 @@ def test_parity_of_a_side_comes_from_its_own_code(untouched: Path, small: str) -
         rows = parity_rows(base, words)
     assert {row["metric"] for row in rows} <= {"parity", "state_parity"}
     assert {row["verdict"] for row in rows} == {"PASS"}
+
+
+def test_the_workflow_asks_for_what_there_is() -> None:
+    """Every comparison of the GitHub workflow is a command line that this version takes."""
+    root = Path(__file__).parents[2]
+    script = (root / ".ci" / "compare").read_text(encoding="utf-8")
+    common = next(line for line in script.splitlines() if line.startswith("rwkv-bench ab "))
+    workflow = (root / ".github" / "workflows" / "bench.yml").read_text(encoding="utf-8")
+    asked = re.findall(r"run: \.ci/compare (.*)", workflow)
+    assert len(asked) == 3
+    for words in asked:
+        line = common.replace('"$@"', words).replace('"$base"', "HEAD~1")
+        parsed = parse(shlex.split(line)[1:])
+        assert parsed.command == "ab"
+        assert parsed.also == ["verdict.xml"]
+        assert parsed.base == "HEAD~1"
