@@ -140,4 +140,4 @@ def _neighbours(record: Record) -> float:
 
 
 def _percent(count: int, of: int) -> str:
-    return f"{100 * count / of:.2g} %" if of else "-"
+    return f"{100 * count / of:.3g} %" if of else "-"
