@@ -8,12 +8,17 @@ python scripts/verdict_rates.py --rivals --effect 0.03   of a smaller slowdown, 
 from __future__ import annotations
 
 import argparse
+import math
+from statistics import NormalDist
+
+import numpy as np
 
 from reports.tables import Table, markdown
 from reports.verdict.decision import Rules
 from reports.verdict.error_rates import CELLS
-from reports.verdict.resample import APART, PAIRS, recorded
-from reports.verdict.rivals import OURS, RIVALS, matched
+from reports.verdict.permutation import Arms, slower
+from reports.verdict.resample import A_ROW, APART, PAIRS, draw, recorded
+from reports.verdict.rivals import OURS, RATE, RIVALS, matched
 from reports.verdict.selftest import SPREADS, formatted, measured
 
 #: Spreads of a report's cells and blocks per arm, or pairs: what is asked for where all are alike, and quiet and noisy
@@ -28,9 +33,13 @@ def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--nominal", action="store_true")
     parser.add_argument("--effect", type=float, default=0.05, help="slowdown that is looked for (default 0.05)")
     parser.add_argument("--reports", type=int, default=2000)
     arguments = parser.parse_args()
+    if arguments.nominal:
+        print(markdown(nominal(arguments.reports)))
+        return
     if arguments.rivals:
         print(markdown(rivals(arguments.reports, arguments.effect)))
         return
@@ -58,6 +67,29 @@ def rivals(reports: int, effect: float) -> Table:
     rate = f"1 % of {reports} reports of {CELLS} cells raise a false alarm"
     note = f"percent of slowdowns of {100 * effect:g} % found where {rate}"
     return Table("power at a matched false-alarm rate", header, tuple(lines), (note,))
+
+
+def nominal(reports: int, blocks: int = 24) -> Table:
+    """Reports with a false alarm where the others' tests have 1 % over all cells, as they count it (Bonferroni)."""
+    limit = NormalDist().inv_cdf(1 - RATE / CELLS)
+    lines = []
+    for record in recorded():
+        base, head = draw(record.scaled(0.02), APART, reports, CELLS, blocks, np.random.default_rng(0))
+        k = blocks * record.logs.shape[1]
+        ranks = RIVALS["Mann-Whitney"](base, head)
+        found = ((ranks - k * (2 * k + 1) / 2) / math.sqrt(k * k * (2 * k + 1) / 12), RIVALS["Welch's t"](base, head))
+        alarms = [f"{100 * float((z > limit).any(axis=1).mean()):.0f} %" for z in found]
+        own = Arms(
+            *(
+                side.mean(axis=-1)
+                for side in draw(record.scaled(0.02), A_ROW, reports, CELLS, blocks, np.random.default_rng(1))
+            )
+        )
+        alarms.append(f"{100 * float((slower(own, 0.0) <= RATE / CELLS).any(axis=1).mean()):.0f} %")
+        lines.append((record.name, *alarms))
+    header = ("record", "Mann-Whitney of samples", "Welch's t of samples", "blocks in a row taken for independent")
+    note = f"A/A reports of {CELLS} cells, {blocks} blocks per arm, with an alarm; 1 % is meant"
+    return Table("false alarms of tests that do not know of blocks", header, tuple(lines), (note,))
 
 
 if __name__ == "__main__":
