@@ -6,6 +6,7 @@
     kernels_*     norm: embedding, LayerNorm, token shift; gemv: products with one vector, with what follows each,
                   and the arg-max; wkv: the recurrence over a prompt; gemm: packed matrices and squared ReLU
     matrix        stored matrices and their products
+    stored        what a model keeps on its device: weights, buffers of a step
     place         a checkpoint onto the device
     model         the step and the pass over a prompt
     graph         capture of a CUDA graph: all that the interpreter cannot show

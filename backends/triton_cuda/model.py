@@ -7,7 +7,6 @@ Shapes and symbols as in :mod:`reference.forward`. A state is float32 ``(batch, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from backends.triton_cuda.kernels_gemm import add_gated, square
 from backends.triton_cuda.kernels_gemv import choose, gemv_channel_mix, gemv_time_mix, top_of_block
 from backends.triton_cuda.kernels_norm import embed_norm, norm, norm_mix
 from backends.triton_cuda.kernels_wkv import wkv_output, wkv_totals
-from backends.triton_cuda.matrix import Matrix, product, vector_product
+from backends.triton_cuda.matrix import product, vector_product
+from backends.triton_cuda.stored import Layer, Step, Stored
 from backends.triton_cuda.tiles import (
     SQUARE_BLOCK,
     TOP_BLOCK,
@@ -34,66 +34,6 @@ from reference.forward import AA, ATT_X, FFN_X, LN_EPS, PP
 
 #: Called with a trace point's name and its value ``(rows, width)``.
 Tap = Callable[[str, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One block. Vectors are float32; ``*_norm (2, C)`` weight and bias, ``*_mu`` mixing weights one below the other.
-
-    kvr  key, value and receptance of time mixing ``(3 C, C)``; kr: key and receptance of channel mixing ``(F + C, C)``
-    """
-
-    att_norm: Tensor
-    att_mu: Tensor  # k, v, r
-    decay: Tensor
-    bonus: Tensor
-    kvr: Matrix
-    output: Matrix
-    ffn_norm: Tensor
-    ffn_mu: Tensor  # k, r
-    kr: Matrix
-    value: Matrix
-    unit: float  # what the stream is divided by here
-
-
-@dataclass(frozen=True)
-class Stored:
-    """All weights of a model on its device."""
-
-    embedding: Matrix
-    first_norm: Tensor
-    layers: tuple[Layer, ...]
-    last_norm: Tensor
-    head: Matrix
-
-
-class Step:
-    """Everything a step of decoding reads and writes, at addresses that stay.
-
-    ids (batch), state (batch, L, 5, C), logits (batch, V); ``chosen (capacity, batch)``: what greedy steps have chosen,
-    ``count (batch)`` how many. Batch 1 has buffers for its kernels; others run as prompts of one token.
-    """
-
-    CAPACITY = 4096
-
-    def __init__(self, config: Config, types: Types, device: torch.device, stored: Stored, batch: int) -> None:
-        width, blocks = config.n_embd, triton.cdiv(config.n_vocab, TOP_BLOCK)
-        layer = stored.layers[0]
-        self.batch = batch
-        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.state = torch.zeros(batch, config.n_layer, 5, width, device=device)
-        self.logits = torch.empty(batch, config.n_vocab, device=device)
-        self.tops = torch.empty(batch, blocks, device=device)
-        self.places = torch.empty(batch, blocks, dtype=torch.int32, device=device)
-        self.chosen = torch.zeros(self.CAPACITY, batch, dtype=torch.int64, device=device)
-        self.count = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.x = torch.empty(1, width, dtype=types.stream, device=device)
-        self.mixed = layer.kvr.vectors(3, types.inputs)
-        self.inner = layer.output.vectors(1, types.inputs)
-        # Where float16 is guarded against overflow, this vector simply stays float32.
-        self.squared = layer.value.vectors(1, types.made)
-        self.last = stored.head.vectors(1, types.inputs)
-        self.gate = torch.empty(width, dtype=types.made, device=device)
 
 
 class Model:
@@ -197,7 +137,8 @@ class Model:
         k, v, r = (product(layer.kvr.rows(j * c, c), mixed[j], self.types.made) for j in range(3))
         out = torch.empty_like(mixed[0])
         raw = None if tap is None else torch.empty(rows, c, dtype=self.types.made, device=self.device)
-        self._wkv(k, v, r, layer, past, after, length, out, raw)
+        rows_of = slice(AA, PP + 1)
+        scan(k, v, r, layer.decay, layer.bonus, past[:, rows_of], after[:, rows_of], length, out, raw)
         added = product(layer.output, out, self.types.made)
         if tap is not None and normed is not None and raw is not None:
             names = ("ln1", "att.xk", "att.xv", "att.xr", "att.k", "att.v", "att.r", "att.wkv", "att.rwkv")
@@ -205,20 +146,6 @@ class Model:
                 tap(name, value)
             tap("att.out", _times(added, layer.unit))
         return added
-
-    def _wkv(
-        self,
-        k: Tensor,
-        v: Tensor,
-        r: Tensor,
-        layer: Layer,
-        past: Tensor,
-        after: Tensor,
-        length: int,
-        out: Tensor,
-        raw: Tensor | None,
-    ) -> None:
-        scan(k, v, r, layer.decay, layer.bonus, past[:, AA : PP + 1], after[:, AA : PP + 1], length, out, raw)
 
     def _channel_mix(self, x: Tensor, layer: Layer, past: Tensor, after: Tensor, length: int, tap: Tap | None) -> None:
         """Adds to ``x`` in place."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.triton_cuda.matrix import Matrix
-from backends.triton_cuda.model import Layer, Stored
+from backends.triton_cuda.stored import Layer, Stored
 from reference.schemes import Codec, Packed, codec_of
 from reference.weights import Tensor as StoredTensor
 from reference.weights import Weights

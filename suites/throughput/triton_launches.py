@@ -15,7 +15,8 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from backends.triton_cuda.matrix import Matrix
-from backends.triton_cuda.model import Layer, Model, Stored
+from backends.triton_cuda.model import Model
+from backends.triton_cuda.stored import Layer, Stored
 from backends.triton_cuda.types import TYPES
 from reference.config import Config
 from reference.schemes import Packed, codec_of
