@@ -25,7 +25,7 @@ examples:
   rwkv-bench compare --self-test                 its error rates, measured here
 
 Blocks are what is independent: every run (or block within it) of a cell that a
-file holds. Run `rwkv-bench run --store base.jsonl` as often as it asks for.
+file holds. `run --store base.jsonl` adds some, as often as is asked for.
 Exit status 1: something is slower, or wrong where it was right; with --strict
 also what is undecided or missing.
 """
