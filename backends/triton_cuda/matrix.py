@@ -119,7 +119,7 @@ def unpacked(matrix: Matrix, dtype: torch.dtype) -> Tensor:
 def _packed_product(matrix: Matrix, x: Tensor, made: torch.dtype) -> Tensor:
     rows = len(x)
     out = torch.empty(rows, matrix.results, dtype=made, device=x.device)
-    bm, bn, bk, warps = gemm_tile(rows, -(-matrix.columns // 32) * matrix.bits)
+    bm, bn, bk, warps = gemm_tile(rows, -(-matrix.columns // 32) * matrix.bits, matrix.kn)
     gemm_packed[(triton.cdiv(matrix.results, bn), triton.cdiv(rows, bm))](
         matrix.data, matrix.scales, x, out, rows, matrix.results, matrix.columns, *matrix.strides,
         BITS=matrix.bits, KN=matrix.kn, BM=bm, BN=bn, BK=bk, num_warps=warps, **OPTIONS,

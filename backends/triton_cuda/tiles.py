@@ -50,12 +50,12 @@ def gemv_tile(results: int, columns: int, bits: int, kn: bool, itemsize: int) ->
     return Tile(4, min(2048 // itemsize, across), 4)
 
 
-def gemm_tile(rows: int, words: int) -> tuple[int, int, int, int]:
+def gemm_tile(rows: int, words: int, kn: bool) -> tuple[int, int, int, int]:
     """``BM, BN, BK`` in words, and warps, of a short prompt's product with a packed matrix."""
     bm = min(64, max(16, power_of_two(rows)))
     if INTERPRETED:
         return bm, 1024, max(16, power_of_two(words)), 1
-    return bm, 64, 32, 4
+    return bm, 64, 32, 8 if kn else 4  # with 4 the transposed layout spills in Triton 3.6
 
 
 def dequantize_tile(kn: bool) -> tuple[int, int]:
