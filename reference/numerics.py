@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,37 +44,35 @@ def _to_bf16(x: np.ndarray) -> np.ndarray:
     return bf16_to_f32(f32_to_bf16(x))
 
 
-def int8_per_block(x: np.ndarray, block: int = 32, scales: Rounding = _to_fp16) -> np.ndarray:
+def int8_per_block(
+    x: np.ndarray, block: int = 32, scales: Rounding = _to_fp16, wider: Rounding | None = None
+) -> np.ndarray:
     """Round ``x (..., K)`` to int8 per block along K, by default as ggml's Q8_0 does with activations.
 
-    The scale is ``max|x| / 127`` of its block, kept in the type that ``scales`` rounds to. A last block
-    that is not full has a scale of its own.
+    The scale is ``max|x| / 127`` of its block, kept in the type that ``scales`` rounds to, after ``wider`` where
+    another grid is wanted. A last block that is not full has a scale of its own.
     """
     k = x.shape[-1]
     padded = np.zeros((*x.shape[:-1], -(-k // block) * block), dtype=np.float32)
     padded[..., :k] = x
     blocks = padded.reshape(*x.shape[:-1], -1, block)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    scale = scale if wider is None else wider(scale).astype(np.float32)
     # A scale that is subnormal in float32 is zero in fp16, and so is the block.
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     rounded = np.round(blocks * inverse) * scales(scale)
     return np.asarray(rounded.reshape(padded.shape)[..., :k])
 
 
-def _to_int8x32f(x: np.ndarray) -> np.ndarray:
-    return int8_per_block(x, 32, _to_fp32)
-
-
-def _to_int8x64(x: np.ndarray) -> np.ndarray:
-    return int8_per_block(x, 64, _to_fp32)
-
-
-def _to_int8x128(x: np.ndarray) -> np.ndarray:
-    return int8_per_block(x, 128, _to_fp32)
-
-
-def _to_int8x256(x: np.ndarray) -> np.ndarray:
-    return int8_per_block(x, 256, _to_fp32)
+#: Types of whole blocks of int8 -> elements of a block, and the type of its scale: ggml's, ONNX Runtime's (int8x32f,
+#: int8x128), BigDL's (int8x64).
+INT8_BLOCKS: dict[str, tuple[int, Rounding]] = {
+    "int8x32": (32, _to_fp16),
+    "int8x32f": (32, _to_fp32),
+    "int8x64": (64, _to_fp32),
+    "int8x128": (128, _to_fp32),
+    "int8x256": (256, _to_fp32),
+}
 
 
 def int4_per_block(x: np.ndarray, block: int = 32) -> np.ndarray:
@@ -102,11 +101,7 @@ ROUND: dict[str, Rounding] = {"fp32": _to_fp32, "fp16": _to_fp16, "bf16": _to_bf
 #: int8x128), and what ggml had in April 2023 (int4x32, uint4x32). Scales are fp16 in int8x32 and fp32 in the others.
 INPUTS: dict[str, Rounding] = {
     "fp16in": _to_fp16,
-    "int8x32": int8_per_block,
-    "int8x32f": _to_int8x32f,
-    "int8x64": _to_int8x64,
-    "int8x128": _to_int8x128,
-    "int8x256": _to_int8x256,
+    **{name: partial(int8_per_block, block=block, scales=scales) for name, (block, scales) in INT8_BLOCKS.items()},
     "int4x32": int4_per_block,
     "uint4x32": uint4_per_block,
 }
@@ -117,7 +112,7 @@ UNIT_ROUNDOFF: dict[str, float] = {
     "fp16": 2.0**-11,
     "bf16": 2.0**-8,
     "fp16in": 2.0**-11,
-    **dict.fromkeys(("int8x32", "int8x32f", "int8x64", "int8x128", "int8x256"), 2.0**-8),
+    **dict.fromkeys(INT8_BLOCKS, 2.0**-8),
     "int4x32": 2.0**-4,
     "uint4x32": 2.0**-5,
 }
@@ -204,6 +199,7 @@ class Emulated:
     In half precision that order hardly changes which way a result is rounded, so draws would be one
     and the same. All but seed 0, which rounds exactly as hardware does, therefore round on a grid
     shifted by a random factor below 2, each time another: errors of the same size, independently drawn.
+    The grid of a block moves with its values; there the block's scale is wider by up to a tenth.
 
     ``unit``, a power of two: results are kept divided by it, as runtimes do that rescale the residual stream.
     """
@@ -219,9 +215,9 @@ class Emulated:
         self.residual = self._rounding(arithmetic.residual)
         self.wkv = self._rounding(arithmetic.wkv)
         self._accumulate = self._in_units(ROUND[arithmetic.accumulation])
-        # Blocks have a grid that moves with their values, so shifting it would change nothing.
         inputs = INPUTS.get(arithmetic.activations, _to_fp32)
-        self._inputs = self._drawn(inputs) if inputs is _to_fp16 else inputs
+        block = INT8_BLOCKS.get(arithmetic.activations)
+        self._inputs = self._drawn_blocks(*block) if block else self._drawn(inputs) if inputs is _to_fp16 else inputs
 
     def _rounding(self, kind: str) -> Rounding:
         """Rounding to a type; those of ``INPUTS`` round only the inputs of products."""
@@ -246,6 +242,12 @@ class Emulated:
             return np.where(np.isfinite(y), y, exact(x))  # the type overflows where it does, not earlier
 
         return shifted
+
+    def _drawn_blocks(self, block: int, scales: Rounding) -> Rounding:
+        """Rounding to int8 per block; the scale of every block is wider by another part of a tenth."""
+        if self._exactly:
+            return lambda x: int8_per_block(x, block, scales)
+        return lambda x: int8_per_block(x, block, scales, lambda s: s * self._order.uniform(1, 1.1, s.shape))
 
     def linear(self, x: np.ndarray, weight: Tensor, /) -> np.ndarray:
         x = self._inputs(x)

@@ -12,7 +12,7 @@ from harness.compare import logits_error
 from reference.codecs_ggml_v100 import Q4_0_V100, Q4_1_V100
 from reference.config import Config
 from reference.forward import forward
-from reference.numerics import INPUTS, ROUND, UNIT_ROUNDOFF, Arithmetic, Emulated, Exact, int8_per_block
+from reference.numerics import INPUTS, INT8_BLOCKS, ROUND, UNIT_ROUNDOFF, Arithmetic, Emulated, Exact, int8_per_block
 from reference.synthetic import synthetic
 from reference.weights import Tensor, bf16_to_f32, f32_to_bf16
 
@@ -122,6 +122,18 @@ def test_linear_is_a_matrix_product(seed: int, k: int, activations: str) -> None
         assert (np.abs(got - exact) <= largest + gamma * size).all()
     else:
         assert (np.abs(got - exact) <= gamma * size).all()
+
+
+@pytest.mark.parametrize("kind", sorted(INT8_BLOCKS))
+def test_draws_of_int8_err_independently_and_equally(kind: str) -> None:
+    rng = np.random.default_rng(3)
+    x, weight = rng.standard_normal((64, 512)).astype(np.float32), rng.standard_normal((32, 512)).astype(np.float32)
+    truth = Exact(np.float64).linear(x, Tensor.of(weight))
+    errors = [Emulated(Arithmetic(kind), seed).linear(x, Tensor.of(weight)) - truth for seed in range(5)]
+    sizes = [float(np.sqrt(np.mean(error**2))) for error in errors]
+    assert max(sizes) < 1.15 * min(sizes)
+    for i, error in enumerate(errors[1:], 1):
+        assert abs(np.corrcoef(error.ravel(), errors[i - 1].ravel())[0, 1]) < 0.5
 
 
 def test_wider_arithmetic_is_closer() -> None:
