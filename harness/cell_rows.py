@@ -16,6 +16,7 @@ from harness.checks import Check, worst
 from harness.hardware import describe
 from harness.measure import Samples, Sampling
 from harness.models import Model
+from harness.non_finite import checkpoint_holds
 from harness.parity import Gate
 from harness.plan import Cell, Refused, Request
 from harness.resume import session
@@ -28,6 +29,7 @@ from harness.timed_check import AGAINST_ITSELF
 from harness.tolerance import Truth
 from harness.without_codec import Quality
 from reference.schemes import SCHEMES
+from reference.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,11 @@ def _sampling_words(asked: Sampling) -> list[str]:
     return [*words, "--fresh"] if asked.fresh else words
 
 
-def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
-    """The verdict on the logits and, where the backend shows it, on the state: the first bad check or the worst."""
+def parity_rows(base: Row, found: Gate, truth: Truth, weights: Weights) -> list[Row]:
+    """The verdict on the logits and, where the backend shows it, on the state: the first bad check or the worst.
+
+    weights  the model's own, which are named where they are what is not finite
+    """
     rows = []
     for metric, checks in (("parity", found.logits), ("state_parity", found.state)):
         if not checks:
@@ -134,7 +139,7 @@ def parity_rows(base: Row, found: Gate, truth: Truth) -> list[Row]:
         if any(check.where.endswith(AGAINST_ITSELF) for check in checks):
             reason += "; the timed length is too long for the reference and is checked against the backend itself only"
         if bad and truth.overflows:
-            reason += "; the declared arithmetic itself overflows on this model"
+            reason += f"; {checkpoint_holds(weights) or 'the declared arithmetic itself overflows on this model'}"
         rows.append(
             replace(
                 base,

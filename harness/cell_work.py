@@ -233,7 +233,7 @@ class CellWork:
         truth = truth_for(session, model.weights, cell.scheme, opened.arithmetic, prompt[:GATE_TOKENS], model.sha256)
         self.tell("parity")
         found = self._gate(opened, truth, timed, first)
-        rows = parity_rows(base, found, truth) if known else itself_rows(base, found)
+        rows = parity_rows(base, found, truth, model.weights) if known else itself_rows(base, found)
         if not found.passed:
             rows[0] = explained(rows[0], cell, model, job, opened, truth, found)
         for row in rows:

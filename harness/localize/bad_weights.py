@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.localize.finding import BAD_WEIGHTS, TRACE, Finding
+from harness.non_finite import checkpoint_holds, first
 from reference.config import Config
 from reference.operations import steps
 from reference.weights import Weights, find_non_finite
@@ -25,20 +26,19 @@ def bad_weights(weights: Weights, stored: Weights, scheme: str) -> Finding | Non
     """What is not finite in the checkpoint, or becomes so when ``scheme`` stores it; ``None`` if nothing is."""
     names = find_non_finite(weights)
     if names:
-        return _finding(weights.config, names, "the checkpoint holds NaN or Inf in", "any backend would go wrong")
+        return _finding(weights.config, names, checkpoint_holds(weights), "any backend would go wrong")
     names = find_non_finite(stored)
     if names:
-        text = f"the checkpoint is finite, but not once it is stored as {scheme}:"
+        text = f"the checkpoint is finite, but not once it is stored as {scheme}: {first(names)}"
         return _finding(weights.config, names, text, "values beyond the format, or a group without a scale")
     return None
 
 
 def _finding(config: Config, names: list[str], text: str, meaning: str) -> Finding:
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     into = {_point(name) for name in names}
-    first = next(step for step in steps(config) if step.point in into)
-    layer = 0 if first.point == "blocks.0.ln0" else first.layer
-    return Finding(BAD_WEIGHTS, TRACE, layer, first.point, cause=f"{text} {shown}; {meaning}")
+    begin = next(step for step in steps(config) if step.point in into)
+    layer = 0 if begin.point == "blocks.0.ln0" else begin.layer
+    return Finding(BAD_WEIGHTS, TRACE, layer, begin.point, cause=f"{text}; {meaning}")
 
 
 def _point(name: str) -> str:

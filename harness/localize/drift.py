@@ -25,6 +25,8 @@ from backends.api import Session, State, StateAccess
 from harness.budget import hold
 from harness.checks import call, problem
 from harness.compare import logits_error, state_error
+from harness.localize.bad_weights import bad_weights
+from harness.localize.finding import BAD_WEIGHTS
 from harness.tolerance import K, Truth, derive
 from reference.forward import forward
 from reference.numerics import Arithmetic
@@ -88,15 +90,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class Drift:
-    """What became of the error over ``positions`` tokens. ``problem``: a result that could not be compared."""
+    """What became of the error over ``positions`` tokens.
+
+    problem  a result that could not be compared
+    weights  what is not finite in the weights themselves; then nothing was run
+    """
 
     positions: int
     curves: tuple[Curve, ...]
     problem: str = ""
+    weights: str = ""
 
     @property
     def verdict(self) -> str:
         """The worst of all curves; what gives NaN or Inf, or no comparison at all, is not bounded."""
+        if self.weights:
+            return BAD_WEIGHTS
         found = {curve.verdict for curve in self.curves}
         if self.problem or not found:
             return GROWS
@@ -108,8 +117,8 @@ class Drift:
 
     def text(self) -> str:
         """A few lines for people."""
-        if self.problem:
-            return f"drift: {self.problem}"
+        if self.problem or self.weights:
+            return f"drift: {self.weights or self.problem}"
         return "\n".join([f"drift over {self.positions} tokens: {self.verdict}", *map(_line, self.curves)])
 
 
@@ -126,6 +135,9 @@ def drift(
     ids = _ids(weights.config.n_vocab, positions, tokens)
     with threadpool_limits(1, user_api="blas"):
         stored = hold(apply(weights, scheme))
+        spoiled = bad_weights(weights, stored, scheme)
+        if spoiled is not None:
+            return Drift(len(ids), (), weights=spoiled.cause)
         truth = derive(weights, scheme, arithmetic, ids[:_KNOWN])
         runs = _Runs(stored, arithmetic, session)
         looked, errors = [], []

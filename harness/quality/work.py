@@ -170,7 +170,7 @@ class _Work:
         self.tell("parity")
         found = gate(session, truth)
         known = has_codec(cell.scheme)
-        for row in parity_rows(base, found, truth) if known else itself_rows(base, found):
+        for row in parity_rows(base, found, truth, model.weights) if known else itself_rows(base, found):
             self.emit(row)
         if not found.passed:
             return f"the kernel fails parity: {found.first_bad}"
