@@ -105,11 +105,14 @@ def run(arguments: Namespace) -> int:
     collector, stopped = _collect(left, store, partial(run_plan, left, job), summary)
     added = len(collector.rows)
     collector.take_over(taken, request.explicit)
+    slopes = length_rows(collector.rows)
+    if stopped is None and added:
+        added += _store_all(store, slopes)
     known = [row for name in planned.absent for row in recorded_rows(store, name, request.schemes)]
     for name in planned.absent:
         known += published_rows(name, request.schemes, measured_rows(store, name))
         known += predicted_rows(name, request.models, request.schemes, every_recorded(store))
-    known += [*claims_of(collector.rows), *length_rows(collector.rows)]
+    known += [*claims_of(collector.rows), *slopes]
     try:
         _write_rows([*collector.rows, *known], arguments)
     except BrokenPipeError:
@@ -121,6 +124,15 @@ def run(arguments: Namespace) -> int:
         raise stopped
     others = {row.hardware for row in known if row.kind in ("recorded", "published")}
     return _status(request, planned, collector, others)
+
+
+def _store_all(store: Path, rows: Sequence[Row]) -> int:
+    """Append them; how many there were."""
+    from harness.store import append
+
+    for row in rows:
+        append(store, row)
+    return len(rows)
 
 
 def _left_of(planned: Plan, store: Path, job: Job) -> tuple[Plan, tuple[Row, ...]]:

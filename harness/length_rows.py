@@ -8,19 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from harness.length_scaling import CONFIDENCE, LEAST_POINTS, slope
+from harness.length_scaling import CONFIDENCE, LEAST_POINTS, LEAST_ROUNDS, slope
 from harness.rows import Row, cell
+
+#: Fewer turns cannot make :data:`harness.length_scaling.LEAST_ROUNDS` independent orders: each second one is a reverse.
+LEAST_REPEATS = 2 * LEAST_ROUNDS - 1
 
 #: Metric of such a row; its value is nanoseconds that a step takes longer per token of context.
 METRIC = "length_slope"
 
 
 def length_rows(rows: Sequence[Row]) -> list[Row]:
-    """One row for each cell that was decoded at three or more lengths in one run; too few samples are a reason."""
+    """One row for each cell that was decoded at three or more lengths; why there is no slope is a reason.
+
+    Lengths that were measured in different runs, as ``--resume`` leaves them, did not take turns: they have none.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.kind == "measured" and row.metric == "decode" and row.verdict == "PASS" and row.workload is not None:
-            key = (row.run, *cell(replace(row, workload=replace(row.workload, prompt_tokens=1))))
+            key = cell(replace(row, workload=replace(row.workload, prompt_tokens=1)))
             groups.setdefault(key, []).append(row)
     return [_row(group) for group in groups.values() if len({_length(row) for row in group}) >= LEAST_POINTS]
 
@@ -28,10 +34,13 @@ def length_rows(rows: Sequence[Row]) -> list[Row]:
 def _row(group: Sequence[Row]) -> Row:
     group = sorted(group, key=_length)
     lengths = [_length(row) for row in group]
+    runs = len({row.run for row in group})
     times = in_rounds(group)
-    found = slope(lengths, times) if len(times) else None
+    found = slope(lengths, times) if len(times) and runs == 1 else None
     row = replace(
         group[-1],
+        time=max(row.time or "" for row in group),
+        session=None,
         metric=METRIC,
         unit="",
         value=None,
@@ -44,7 +53,8 @@ def _row(group: Sequence[Row]) -> Row:
         percentiles=None,
         peak_bytes=None,
         extra={},
-        reason=f"decode at {len(lengths)} lengths was not measured in enough random orders: {len(times)}",
+        stopped=None,
+        reason=_why_none(group, runs, len(times)),
         verdict="UNSUPPORTED",
     )
     if found is None:
@@ -58,6 +68,14 @@ def _row(group: Sequence[Row]) -> Row:
         reason=str(found),
         extra={"length_scaling": {"flat": found.flat, "p": found.p, "confidence": CONFIDENCE, "lengths": lengths}},
     )
+
+
+def _why_none(group: Sequence[Row], runs: int, orders: int) -> str:
+    if runs > 1:
+        return f"slope: points are of {runs} runs"
+    if min(len(row.blocks or ()) + len(row.warmup or ()) for row in group) < LEAST_REPEATS:
+        return f"slope needs at least {LEAST_REPEATS} repeats"
+    return f"decode at {len(group)} lengths was not measured in enough random orders: {orders}"
 
 
 def in_rounds(group: Sequence[Row]) -> np.ndarray:

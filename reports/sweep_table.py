@@ -30,7 +30,9 @@ class SweepLines:
 
 
 def sweep_lines(rows: Sequence[Row], figure: Callable[[Row], str]) -> SweepLines | None:
-    """The sweep that the rows of one run are; ``None`` where no cell is at two points of one axis.
+    """The sweep that the rows are; ``None`` where no cell is at two points of one axis.
+
+    A cell's points may be of several runs, as ``--resume`` leaves them; of one point the last row counts.
 
     figure   a row's value as text
     """
@@ -47,10 +49,20 @@ def sweep_lines(rows: Sequence[Row], figure: Callable[[Row], str]) -> SweepLines
             cells = [_cell(by_point.get(point), figure) for point in points]
             lines.append((first.backend, first.scheme, first.metric, *cells))
         header = ("backend", "scheme", "tok/s", *(f"{axis} {points[0]}", *(str(point) for point in points[1:])))
-        slopes = [row for row in rows if row.metric == "length_slope"]
-        notes = [f"{row.backend} {row.scheme}: decode against context length: {row.reason}" for row in slopes]
-        return SweepLines(axis, header, tuple(lines), tuple(notes))
+        return SweepLines(axis, header, tuple(lines), tuple(_slopes(rows)))
     return None
+
+
+def _slopes(rows: Sequence[Row]) -> list[str]:
+    """How decode scales with length, a line a cell; why there is no slope, a line a reason."""
+    slopes = [row for row in rows if row.metric == "length_slope"]
+    found = [row for row in slopes if row.value is not None]
+    notes = [f"{row.backend} {row.scheme}: decode against context length: {row.reason}" for row in found]
+    for reason in dict.fromkeys(row.reason for row in slopes if row.value is None):
+        names = dict.fromkeys(f"{row.backend} {row.scheme}" for row in slopes if row.reason == reason)
+        alone = all(row.reason == reason for row in slopes)
+        notes.append(f"{reason}" if alone else f"{', '.join(names)}: {reason}")
+    return notes
 
 
 def _groups(rows: Sequence[Row], axis: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -60,7 +72,7 @@ def _groups(rows: Sequence[Row], axis: str) -> dict[tuple[Any, ...], list[Row]]:
         assert row.workload is not None
         same = replace(row, driver=None, threads=None if axis == "threads" else row.threads)
         work = replace(row.workload, **({} if axis == "threads" else {_FIELD[axis]: 1}))
-        groups.setdefault((row.run, row.metric, *cell(replace(same, workload=work))), []).append(row)
+        groups.setdefault((row.metric, *cell(replace(same, workload=work))), []).append(row)
     return groups
 
 

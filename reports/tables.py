@@ -281,7 +281,7 @@ _NOTED = ("looser", "varied", "itself only", "only gross faults")
 def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:
     """Why cells have no figures, and what else was noticed: each reason once, with the schemes it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
-    for row in (row for group in cells for row in group):
+    for row in (row for group in cells for row in group if row.metric not in _ABOUT_OTHERS):
         if row.verdict not in ("PASS", None) and row.reason and not row.reason.startswith("not timed"):
             found.setdefault((row.backend, f"{row.verdict}: {row.reason}"), []).append(row.scheme)
         elif row.verdict == "PASS" and row.reason and any(word in row.reason for word in _NOTED):

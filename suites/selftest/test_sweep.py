@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from harness.length_scaling import slope
 from harness.plan import Cell, Plan
 from harness.rows import Row
 from harness.samples import Workload
+from harness.store import read
 from harness.sweep import BadSweep, Sweep, parse, swept
 from reports.output import formatted
 from suites.selftest.conftest import Done
@@ -230,6 +232,33 @@ def test_a_slope_is_a_row_that_says_so() -> None:
     assert json.loads(json.dumps(flat.to_dict()))["metric"] == METRIC
 
 
+def test_a_slope_of_points_of_two_runs_is_none_and_says_so() -> None:
+    rows = measured(1e-3)
+    (found,) = length_rows([rows[0], rows[1], replace(rows[2], run="later", time="u")])
+    assert (found.value, found.verdict, found.reason) == (None, "UNSUPPORTED", "slope: points are of 2 runs")
+    assert (found.run, found.time, found.session) == ("later", "u", None)
+    text = formatted([rows[0], rows[1], replace(rows[2], run="later"), found], "table", 80)
+    (line,) = [line for line in text.splitlines() if line.startswith("torch")]
+    assert len(line.split()) >= 6  # one line, and a speed in each of its three columns
+    assert text.count("points are of 2 runs") == 1
+    assert "UNSUPPORTED" not in text
+
+
+def back_and_forth(repeats: int, **fields: Any) -> list[Row]:
+    """Three lengths in rounds, each second one the reverse of the first."""
+    order = [(j, i if j % 2 else 2 - i) for i in range(3) for j in range(repeats)]
+    lengths = {n: order[i * repeats : (i + 1) * repeats] for i, n in enumerate((8, 16, 32))}
+    return [row(n, [(3 * j + at, 1.0) for j, at in taken], **fields) for n, taken in lengths.items()]
+
+
+def test_too_few_repeats_for_a_slope_are_one_line_and_no_verdict() -> None:
+    rows = [*back_and_forth(4, backend="a"), *back_and_forth(4, backend="b")]
+    text = formatted([*rows, *length_rows(rows)], "table", 80)
+    assert text.count("slope needs at least 5 repeats") == 1
+    assert "UNSUPPORTED" not in text
+    assert length_rows(back_and_forth(5))[0].value == 0
+
+
 def test_cells_that_differ_in_more_than_length_are_not_mixed() -> None:
     rows = measured(0)
     assert length_rows([rows[0], replace(rows[1], backend="numpy"), replace(rows[2], threads=4)]) == []
@@ -250,6 +279,25 @@ def test_a_sweep_is_a_table_with_a_column_per_point(bench: Callable[..., Done], 
     assert header.split() == ["backend", "scheme", "tok/s", "prompt", "8", "16", "32"]
     assert "sweep over prompt" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_sweep_leaves_its_slope_in_the_store_for_report_and_resume(
+    bench: Callable[..., Done], small: str, state: Path
+) -> None:
+    store = state / "rows.jsonl"
+    work = ("--model", small, "--backend", "numpy", "--quant", "fp32", "--decode-tokens", "2", "--repeats", "5")
+    first = bench(*work, "--sweep", "prompt=8..32", "--format", "json")
+    (shown,) = [r for r in json.loads(first.out)["rows"] if r["metric"] == METRIC]
+    (stored,) = [r.to_dict() for r in read(store) if r.metric == METRIC]
+    assert {**shown, "schema": None} == {**stored, "schema": None}
+    assert f"{len(read(store))} rows added" in first.err
+    assert " ".join(shown["reason"].split()[:4]) in bench("report").out
+    again = bench(*work, "--sweep", "prompt=8..32", "--resume", "--format", "json")
+    assert [r["reason"] for r in json.loads(again.out)["rows"] if r["metric"] == METRIC] == [shown["reason"]]
+    assert sum(r.metric == METRIC for r in read(store)) == 1
+    more = bench(*work, "--sweep", "prompt=8..64", "--resume")
+    assert "slope: points are of 2 runs" in more.out
+    assert [r.reason for r in read(store) if r.metric == METRIC][1:] == ["slope: points are of 2 runs"]
 
 
 def test_a_failing_cell_shows_its_verdict_in_the_sweep() -> None:
