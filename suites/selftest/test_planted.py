@@ -182,8 +182,46 @@ def test_what_was_run_is_kept_and_not_repeated(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == first
     assert file.read_text().startswith(lines)
     assert len(kept.read(file)) == 2
-    assert main([*argv, "--clean", "30", "--as-is"]) == 0
-    assert capsys.readouterr().out == first
+    assert main([*argv, "--as-is"]) == 0
+    assert capsys.readouterr().out == "faults: 1 of 1 planned; clean runs: 1 of 1 planned\n" + first
+    assert main([*argv, "--clean", "30", "--as-is"]) == 1
+    assert capsys.readouterr().out == "faults: 1 of 1 planned; clean runs: 1 of 30 planned\n" + first
+
+
+def test_nothing_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--only", "relu without square", "--models", MODEL, "--arithmetic", "fp32", "--as-is"]
+    for keep in ([], ["--keep", str(tmp_path / "none.jsonl")]):
+        with pytest.raises(SystemExit) as ended:
+            main([*argv, *keep])
+        assert ended.value.code == 2
+        assert "--as-is needs --keep with a file that exists" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").touch()
+    assert main([*argv, "--clean", "1", "--keep", str(tmp_path / "empty.jsonl")]) == 1
+    assert "faults: 0 of 1 planned; clean runs: 0 of 1 planned" in capsys.readouterr().out
+    assert main(["--only", "bf16 by cutting bits off", "--models", MODEL, "--arithmetic", "fp32", "--clean", "0"]) == 1
+
+
+def test_results_of_other_code_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of one file of the reference, the harness, a backend or the faults gives other keys."""
+    run, file = clean_runs(1)[0], tmp_path / "kept.jsonl"
+    assert list(kept.alarms(file, [run], lambda runs: iter(["decode: off"] * len(runs)))) == ["decode: off"]
+    assert kept.known(file, [run]) == [run]
+    places = (
+        "reference/forward.py",
+        "harness/parity.py",
+        "backends/numpy_reference.py",
+        "backends/torch_eager/model.py",
+    )
+    for place in (*places, "suites/selftest/planted/wrong_wkv.py"):
+        changed = kept.ROOT / place
+        assert changed in kept.files()
+        real = Path.read_bytes
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, c=changed, r=real: r(path) + b"#" * (path == c))
+            kept.source.cache_clear()
+            assert kept.known(file, [run]) == []
+        kept.source.cache_clear()
+    assert kept.known(file, [run]) == [run]
 
 
 def test_what_is_kept_reads_back_as_it_was() -> None:
@@ -196,3 +234,10 @@ def test_an_undetected_fault_is_exit_status_one(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Bench, "judged", lambda self: dict.fromkeys(SESSIONS, ""))
     argv = ["--only", "relu without square", "--models", MODEL, "--arithmetic", "fp32", "--clean", "0"]
     assert main(argv) == 1
+
+
+def test_a_kind_of_faults_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {fault for group in catalogue.GROUPS for fault in catalogue.names_of([group])} == set(catalogue.FAULTS)
+    with pytest.raises(SystemExit):
+        main(["--of", "storage,stroage"])
+    assert "--of: no kind stroage; choose from wkv, inputs" in capsys.readouterr().err

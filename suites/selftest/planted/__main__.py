@@ -1,4 +1,4 @@
-"""Figures of the judge: ``python -m suites.selftest.planted``; exit 1 where a bar is missed.
+"""Figures of the judge: ``python -m suites.selftest.planted``; exit 1 where a bar is missed or nothing was run.
 
 python -m suites.selftest.planted --full --jobs 2      what docs/detection.md keeps
 python -m suites.selftest.planted --full --keep FILE   the same, in pieces: interrupt it and start it again
@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from suites.selftest.planted import kept
 from suites.selftest.planted.backend import LOGITS, STATE, TRACE
-from suites.selftest.planted.catalogue import FAULTS
+from suites.selftest.planted.catalogue import FAULTS, GROUPS, names_of
 from suites.selftest.planted.clean import Clean, clean_runs, false_alarm
 from suites.selftest.planted.figures import figures
 from suites.selftest.planted.report import clean_text, faults_text
@@ -40,17 +40,30 @@ _Out = TypeVar("_Out")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, and say whether every bar was reached."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.as_is and (options.keep is None or not options.keep.is_file()):
+        parser.error(f"--as-is needs --keep with a file that exists, not {options.keep}")
+    unknown = set(options.of.split(",")) - {"", *GROUPS}
+    if unknown:
+        parser.error(f"--of: no kind {', '.join(sorted(unknown))}; choose from {', '.join(GROUPS)}")
     models = [m for name in options.models.split(",") for m in (RANDOM if name == "random" else (name,))]
     planned = trials(models, options.arithmetic.split(","), options.seed)
     if options.only:
         planned = [trial for trial in planned if trial.fault == options.only]
+    if options.of:
+        wanted = names_of(options.of.split(","))
+        planned = [trial for trial in planned if trial.fault in wanted]
     n_clean = options.clean if options.clean is not None else CLEAN if options.full else CLEAN_SAMPLE
     if not options.full and not options.only:
         planned = _sample(planned, SAMPLE)
     runs = clean_runs(n_clean, options.seed)
+    lacking = False
     if options.as_is:
+        n_planned, n_runs = len(planned), len(runs)
         planned, runs = kept.known(options.keep, planned, options.shows), kept.known(options.keep, runs)
+        lacking = len(planned) < n_planned or len(runs) < n_runs
+        _say(f"faults: {len(planned)} of {n_planned} planned; clean runs: {len(runs)} of {n_runs} planned")
     began = time.perf_counter()
     one = _attempt_all if options.shows == "all" else _attempt_traced
     done = list(kept.outcomes(options.keep, planned, options.shows, partial(_each, one, jobs=options.jobs)))
@@ -59,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     alarms = [(run, what) for run, what in zip(runs, said, strict=True) if what]
     _say(*clean_text(runs, alarms))
     sys.stderr.write(f"{time.perf_counter() - began:.0f} s\n")
-    return 0 if not alarms and all(f.reached for f in figures(done)) else 1
+    reached = all(f.reached for f in figures(done))
+    return 0 if reached and not alarms and not lacking and (done or runs) else 1
 
 
 def _say(*lines: str) -> None:
@@ -76,9 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shows", choices=("trace", "all"), default="all", help="what the backends show")
     parser.add_argument("--clean", type=int, help="how many clean runs")
     parser.add_argument("--only", choices=sorted(FAULTS), metavar="FAULT", help="one fault, by name")
+    parser.add_argument("--of", default="", metavar="KINDS", help=f"faults of a comma list of {', '.join(GROUPS)}")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="results as they come; what it has is not repeated")
-    parser.add_argument("--as-is", action="store_true", help="figures of what --keep has; nothing more is run")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="results as they come; what it has of this code is not repeated"
+    )
+    parser.add_argument("--as-is", action="store_true", help="figures of what --keep has; exit 1 if not all")
     return parser
 
 

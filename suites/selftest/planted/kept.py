@@ -1,13 +1,16 @@
 """Results kept in a file as they come: a run of hours that is interrupted goes on where it was.
 
-One JSON object a line: ``key`` says what was run, and the rest what came of it.
+One JSON object a line: ``key`` says what was run, on which code, and the rest what came of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +20,13 @@ from suites.selftest.planted.visible import Effect
 
 _In = TypeVar("_In", Trial, Clean)
 _Out = TypeVar("_Out")
+
+#: Under the repository's root: what is judged, what judges it, and the backends of the clean runs.
+ROOT = Path(__file__).resolve().parents[3]
+_SOURCES = (
+    *("reference", "harness", "suites/selftest/planted"),
+    *("backends/api.py", "backends/index.py", "backends/shared", "backends/numpy_reference.py", "backends/torch_eager"),
+)
 
 #: Runs what it is given, and gives the results in order.
 Run = Callable[[Sequence[_In]], Iterator[_Out]]
@@ -80,7 +90,33 @@ def outcome(trial: Trial, found: dict[str, Any]) -> Outcome:
 
 
 def _key(run: Trial | Clean, *more: str) -> str:
-    return "|".join([type(run).__name__, *(str(value) for value in asdict(run).values()), *more])
+    return "|".join([type(run).__name__, *(str(value) for value in asdict(run).values()), *more, source()])
+
+
+@lru_cache(maxsize=1)
+def source() -> str:
+    """Hash of the code that is judged, and of what judges it: what other code has given is not ours."""
+    digest = hashlib.sha256(f"numpy {version('numpy')}, torch {_torch()}".encode())
+    for file in files():
+        digest.update(file.relative_to(ROOT).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def files() -> list[Path]:
+    """The sources that results come from."""
+    found: set[Path] = set()
+    for place in _SOURCES:
+        path = ROOT / place
+        found |= {path} if path.is_file() else set(path.rglob("*.py"))
+    return sorted(found)
+
+
+def _torch() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "none"
 
 
 def _append(path: Path | None, key: str, found: Any) -> None:
