@@ -60,8 +60,8 @@ class Work:
     def go(self) -> bool:
         """Parity of both sides, then pairs; whether it was interrupted.
 
-        Read after a number of pairs known beforehand, and each time as many again, as often as ``looks`` says, the
-        last time when the time is over: what is read has no say in when it is.
+        Read after a number of pairs known beforehand, and each time as many again; the last of ``looks`` readings is
+        kept for when the time is over. What is read has no say in when it is.
         """
         try:
             self._judge_parity()
@@ -72,13 +72,11 @@ class Work:
             deadline = time.monotonic() + 60 * self.arguments.minutes
             at, read = self.first_look(), 0
             for pairs in rounds(job, self.cells, deadline, self.tell):
-                if pairs < at:
+                if pairs < at or read == self.rules.looks - 1:
                     continue
                 self._look()
                 at, read = 2 * at, read + 1
-                if read == self.rules.looks:
-                    break
-            if read < self.rules.looks and any(cell.open for cell in self.cells):
+            if any(cell.open for cell in self.cells):
                 self._look()  # the time is over
         except KeyboardInterrupt:
             self._look()
@@ -130,7 +128,7 @@ class Work:
             base, head = (by_side.get(side.name) for side in self.sides)
             why = (head or base or ("", ""))[1]
             row = self.row(self.cells[i].cell, "parity")
-            self.parity.append(Judged(names_of(row), base and base[0], head and head[0], why))
+            self.parity.append(Judged(names_of(row), base and base[0], head and head[0], why, True))
 
     def _parity_options(self, side: Side) -> list[tuple[list[str], list[int]]]:
         """One call for each backend and model of the plan, and the cells it answers."""
@@ -157,6 +155,9 @@ class Work:
         arms, lines = self.arms(), []
         notes = [f"order of the pairs: seed {self.seed}"]
         parity, missing = list(self.parity), []
+        for judged in parity:
+            if judged.base == "PASS" and judged.head is None:
+                missing.append(f"{judged.names['backend']} {judged.names['scheme']}: not judged in head")
         for i, cell in enumerate(self.cells):
             for metric in METRICS:
                 if (i, metric) in self.looks.answers:
@@ -167,7 +168,7 @@ class Work:
                 notes.append(f"{label} cannot be measured in {name}: {why}")
                 if name == "head" and "base" not in cell.failed:
                     parity = [it for it in parity if it.names != names_of(self.row(cell.cell, "parity"))]
-                    parity.append(Judged(names_of(self.row(cell.cell, "parity")), "PASS", "CRASHED", why))
+                    parity.append(Judged(names_of(self.row(cell.cell, "parity")), "PASS", "CRASHED", why, True))
                 else:
                     missing.append(f"{label}: {why}")
         names = (f"{self.sides[0].revision}", f"{self.sides[1].revision}")

@@ -24,8 +24,9 @@ examples:
   rwkv-bench compare base.jsonl head.jsonl --strict --output verdict.xml
   rwkv-bench compare --self-test                 its error rates, measured here
 
-Blocks are what is independent: every run (or block within it) of a cell that a
-file holds. `run --store base.jsonl` adds some, as often as is asked for.
+Runs are what is independent: `run --store base.jsonl` adds one, as often as is
+asked for; with --fresh, each of its blocks counts. One run a side decides
+nothing about speed; `rwkv-bench ab` measures two checkouts in pairs.
 Exit status 1: something is slower, or wrong where it was right; with --strict
 also what is undecided or missing.
 """

@@ -1,8 +1,9 @@
-"""Rows -> independent blocks of each cell and metric, and each cell's verdict.
+"""Rows -> runs of each cell and metric, which are independent, and each cell's verdict.
 
-A row that says which of its samples form a block (``blocks``: start and count) has as many blocks; any other row,
-being one process at one time, is one. A block is worth the mean of its samples' logarithms: what is in it is not
-independent. A block marked as disturbed is left out, and counted.
+What one process measures shares its memory layout and its minute: blocks of it say nothing of how the next process
+will differ, so a run is worth one value, the median of its blocks. A block that has a process of its own (``run
+--fresh``, ``ab``) is a run. A block (``blocks``: start and count; without them the whole row) is worth the mean of its
+samples' logarithms. Blocks that the row leaves out as disturbed are left out, and counted.
 """
 
 from __future__ import annotations
@@ -26,17 +27,16 @@ _TIMED = ("PASS", "UNSUPPORTED", None)
 
 @dataclass
 class Series:
-    """One cell and metric in one file: logarithms of block times in ns, in order of time."""
+    """One cell and metric in one file; ``runs``: logarithms of the block times in ns of each run, in order of time."""
 
     row: Row
-    logs: list[float] = field(default_factory=list)
+    runs: dict[tuple[Any, ...], list[float]] = field(default_factory=dict)
     left_out: int = 0
-    runs: set[str] = field(default_factory=set)
 
     @property
     def times(self) -> np.ndarray:
-        """``(blocks,)``."""
-        return np.array(self.logs)
+        """``(runs,)``: the median of each run's blocks."""
+        return np.array([float(np.median(logs)) for logs in self.runs.values()])
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def cell_of(row: Row) -> tuple[Any, ...]:
 
 def _add(series: Series, row: Row) -> None:
     """The blocks of one more row."""
-    series.runs.add(row.run or "")
+    apart = _processes_apart(row)
     samples = np.asarray(row.samples, dtype=float)
     if not (samples > 0).all():
         raise InputError(f"{row.backend} {row.scheme}, {row.metric}: a sample is not above 0 ns; measure it again")
@@ -89,7 +89,13 @@ def _add(series: Series, row: Row) -> None:
         if disturbed:
             series.left_out += 1
         else:
-            series.logs.append(float(np.log(samples[start : start + count]).mean()))
+            run = (row.run, row.time, start) if apart else (row.run,)
+            series.runs.setdefault(run, []).append(float(np.log(samples[start : start + count]).mean()))
+
+
+def _processes_apart(row: Row) -> bool:
+    """Whether each block of a row was measured by a process of its own."""
+    return bool((row.sampling or {}).get("fresh")) or "ab" in row.extra
 
 
 def _spans(row: Row, total: int) -> list[tuple[int, int, bool]]:
@@ -109,7 +115,7 @@ def _spans(row: Row, total: int) -> list[tuple[int, int, bool]]:
                 f"there are {total}"
             )
         if count:
-            found.append((start, count, bool(block.get("left_out", block.get("disturbed", False)))))
+            found.append((start, count, bool(block.get("left_out"))))
     return found
 
 

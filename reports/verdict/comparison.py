@@ -38,24 +38,33 @@ class Line:
 
 @dataclass(frozen=True)
 class Judged:
-    """Verdicts of one cell on both sides; ``None`` where it was not judged."""
+    """Verdicts of one cell on both sides; ``None`` where it was not judged.
+
+    one_machine  both sides had the same machine: what head cannot run or judge any more, head has lost
+    """
 
     names: Mapping[str, str]
     base: str | None
     head: str | None
     why: str
+    one_machine: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether head cannot be run, or cannot be judged, where base could."""
+        return (self.base in _SOUND and self.head == "UNAVAILABLE") or (self.base, self.head) == ("PASS", "UNSUPPORTED")
 
     @property
     def regression(self) -> bool:
         """Whether head is wrong, or does not run, where base was right."""
-        return self.base in _SOUND and self.head in _BROKEN
+        return (self.base in _SOUND and self.head in _BROKEN) or (self.one_machine and self.lost)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Everything that is reported.
 
-    names    of base and head            merged  how many neighbouring blocks became one, being alike
+    names    of base and head            merged  how many neighbouring runs became one, being alike
     missing  cells and metrics that only base has         added    that only head has
     """
 
@@ -95,16 +104,17 @@ class Comparison:
 
 
 def compare(base: File, head: File, rules: Rules, names: tuple[str, str] = ("base", "head")) -> Comparison:
-    """Two stored files: their blocks stand in no relation to each other, so they are not pairs."""
+    """Two stored files: their runs stand in no relation to each other, so they are not pairs."""
     shared = [key for key in base.series if key in head.series]
     ready, merged = prepared([Arms(base.series[key].times, head.series[key].times) for key in shared])
     answers = judge(ready, rules, merged)
     lines = [_line(base.series[key], head.series[key], answer) for key, answer in zip(shared, answers, strict=True)]
     parity = [
-        Judged(names_of(base.rows.get(key) or head.rows[key]), *_both(base, head, key))
+        Judged(names_of(_known(base, head, key)), *_both(base, head, key))
         for key in dict.fromkeys([*base.rows, *head.rows])
         if key in base.verdicts or key in head.verdicts
     ]
+    lost = [_label(_known(base, head, key), "parity") for key in base.rows if _lost(base, head, key)]
     broken = {id_ for id_ in base.rows if head.verdicts.get(id_, ("",))[0] in _BROKEN}
     missing = [_label(base.series[key].row) for key in base.series if key not in head.series and key[0] not in broken]
     added = [_label(head.series[key].row) for key in head.series if key not in base.series]
@@ -114,7 +124,7 @@ def compare(base: File, head: File, rules: Rules, names: tuple[str, str] = ("bas
         False,
         tuple(lines),
         tuple(parity),
-        tuple(missing),
+        (*missing, *lost),
         tuple(added),
         merged,
         _notes(base, head, names),
@@ -125,7 +135,8 @@ def names_of(row: Row) -> dict[str, str]:
     """What a reader calls a cell by."""
     found = {name: "" if getattr(row, name) is None else str(getattr(row, name)) for name in _NAMES}
     if row.workload is not None:
-        found["workload"] = f"{row.workload.prompt_tokens}+{row.workload.decode_tokens}"
+        batch = f"×{row.workload.batch}" if row.workload.batch > 1 else ""
+        found["workload"] = f"{row.workload.prompt_tokens}+{row.workload.decode_tokens}{batch}"
     return found
 
 
@@ -136,21 +147,17 @@ def varying(cells: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _line(base: Series, head: Series, answer: Answer) -> Line:
-    left_out = base.left_out + head.left_out
-    unit = base.row.unit
+    for side, name in ((base, "base"), (head, "head")):
+        if not side.runs:
+            answer = replace(answer, why=f"all {side.left_out} blocks of {name} were disturbed; measure it again")
+    values = [typical_of(side.row, side.times) for side in (base, head)]
     return Line(
-        names_of(head.row),
-        head.row.metric,
-        unit,
-        typical_of(base.row, base.times),
-        typical_of(head.row, head.times),
-        answer,
-        left_out,
+        names_of(head.row), head.row.metric, base.row.unit, values[0], values[1], answer, base.left_out + head.left_out
     )
 
 
 def typical_of(row: Row, logs: np.ndarray) -> float:
-    """The median over blocks ``(n,)``, logarithms of ns, in the unit of the row's metric; NaN without any block."""
+    """The median of ``(n,)`` runs or blocks, logarithms of ns, in the unit of the row's metric; NaN without any."""
     if not len(logs):
         return math.nan
     found = derived(_with_sample(row, float(np.exp(np.median(logs))))).value
@@ -168,10 +175,21 @@ def _both(base: File, head: File, key: tuple[Any, ...]) -> tuple[str | None, str
     return before and before[0], after and after[0], why
 
 
-def _label(row: Row) -> str:
+def _known(base: File, head: File, key: tuple[Any, ...]) -> Row:
+    return base.rows.get(key) or head.rows[key]
+
+
+def _lost(base: File, head: File, key: tuple[Any, ...]) -> bool:
+    """Whether head has lost the cell, where no speed that is missing says so already."""
+    gone = any(of == key and (of, metric) not in head.series for of, metric in base.series)
+    return not gone and Judged({}, *_both(base, head, key)).lost
+
+
+def _label(row: Row, metric: str | None = None) -> str:
     names = names_of(row)
     words = [names[name] for name in ("backend", "scheme", "model", "hardware") if names.get(name)]
-    return f"{' '.join(words)}, {names['threads'] or '?'} threads, {names.get('workload', '')} tokens: {row.metric}"
+    tokens = names.get("workload", "")
+    return f"{' '.join(words)}, {names['threads'] or '?'} threads, {tokens} tokens: {metric or row.metric}"
 
 
 def _notes(base: File, head: File, names: tuple[str, str]) -> tuple[str, ...]:
@@ -182,24 +200,14 @@ def _notes(base: File, head: File, names: tuple[str, str]) -> tuple[str, ...]:
         left_out = sum(series.left_out for series in file.series.values())
         if left_out:
             found.append(f"{name}: {left_out} blocks taken under disturbance are left out")
-    alone = [key for key in base.series if key in head.series and _one_process(base.series[key], head.series[key])]
-    if alone:
-        found.append(
-            f"{len(alone)} of {len([key for key in base.series if key in head.series])} comparisons have all blocks "
-            "of a side from one run: what differs from run to run is not seen"
-        )
     return tuple(found)
-
-
-def _one_process(*sides: Series) -> bool:
-    return any(len(side.runs) == 1 and len(side.logs) > 1 for side in sides)
 
 
 def _conclusion(found: Comparison) -> str:
     slower, wrong, open_ = found.of(SLOWER), found.wrong, found.of(UNDECIDED)
     total = len(found.lines)
     percent = f"{100 * found.rules.margin:g} %"
-    what = "pairs" if found.paired else "blocks of each side"
+    what = "pairs" if found.paired else "runs of each side"
     tail = []
     if found.regression:
         parts = [f"{len(slower)} of {total} slower than the margin of {percent} allows"] if slower else []
@@ -221,12 +229,23 @@ def _conclusion(found: Comparison) -> str:
 
 
 def _more(lines: Sequence[Line], merged: int, what: str) -> str:
+    """How many more blocks would tell, of all undecided cells together."""
+    lone = [line for line in lines if merged == 1 and what != "pairs" and min(line.answer.blocks) <= 1]
+    others = [line for line in lines if line not in lone]
     lacking = [
-        line.answer.needed - merged * min(line.answer.blocks) for line in lines if line.answer.needed is not None
+        line.answer.needed - merged * min(line.answer.blocks) for line in others if line.answer.needed is not None
     ]
-    if not lacking:
-        return "too noisy to say how many blocks would do"
-    return f"up to {max(lacking)} more {what} would tell"
+    wanted = max((line.answer.needed or 0 for line in lone), default=0)
+    noisy = len(others) - len(lacking)
+    told = [
+        f"give {wanted} or more runs a side, or use ab" if lone else "",
+        f"up to {max(lacking)} more {what} would tell" if lacking else "",
+    ]
+    if noisy == len(lines):
+        return f"too noisy to say how many {what} would do"
+    if noisy:
+        told.append(f"{noisy} of {len(lines)} {'is' if noisy == 1 else 'are'} too noisy")
+    return "; ".join(text for text in told if text)
 
 
 __all__ = ["Comparison", "Judged", "Line", "compare", "names_of", "typical_of", "varying"]

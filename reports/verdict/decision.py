@@ -57,7 +57,7 @@ class Answer:
     ratio       speed of head over base               interval  its 95 %, of this cell alone; None if too few blocks
     p           of SLOWER, adjusted for all cells (Holm): below ``alpha / looks`` it is one
     detectable  smallest slowdown, as a part of base's speed, that these blocks show with 95 %; None if none is
-    blocks      per arm, after merging
+    blocks      runs per arm after merging, or pairs
     needed      of base and head each, or pairs, before merging; None: more than can be paid for
     """
 
@@ -88,7 +88,7 @@ def judge(cells: Sequence[Arms], rules: Rules, merged: int = 1) -> list[Answer]:
     """The answer for each of a report's cells, whose blocks are independent or pairs; both of :func:`prepared`."""
     level = rules.alpha / rules.looks
     allowed, worst = -math.log(1 - rules.margin), -math.log(1 - rules.effect)
-    able = [min(arms.sizes) > 0 for arms in cells]
+    able = [min(arms.sizes) > (0 if arms.paired else 1) for arms in cells]  # of one run its noise is unknown
     p_slower = [_p(slower(arms, allowed)) if ok else 1.0 for arms, ok in zip(cells, able, strict=True)]
     p_faster = [_p(faster(arms, -allowed)) if ok else 1.0 for arms, ok in zip(cells, able, strict=True)]
     p_bounded = [_p(faster(arms, worst)) if ok else 1.0 for arms, ok in zip(cells, able, strict=True)]
@@ -118,8 +118,8 @@ def _answer(arms: Arms, decision: str, p: float, rules: Rules, cells: int, merge
     n, m = arms.sizes
     alpha = rules.of_one(cells)
     if min(n, m) < 1:
-        least = merged * fewest(alpha, arms.paired)
-        return Answer(decision, math.nan, None, 1.0, None, (n, m), least, "no block to compare")
+        least = merged * (fewest(alpha, arms.paired) + SPARE)
+        return Answer(decision, math.nan, None, 1.0, None, (n, m), least, "nothing to compare")
     ratio = math.exp(-float(estimate(arms)))
     low, high = math.exp(-float(at_most(arms, 0.025))), math.exp(-float(at_least(arms, 0.025)))
     interval = (low, high) if low > 0 and math.isfinite(high) else None
@@ -129,12 +129,19 @@ def _answer(arms: Arms, decision: str, p: float, rules: Rules, cells: int, merge
     wanted, why = _wanted(arms, left, ratio, rules, alpha)
     total = None if wanted is None else wanted * merged
     if decision == UNDECIDED:
-        what = "pairs" if arms.paired else "blocks of each side"
+        what = "pairs" if arms.paired else "runs of each side"
         more = "more than can be paid for" if total is None else f"{total - merged * min(n, m)} more {what}"
         why = f"{why}: {more}"
+        if merged == 1 and not arms.paired and min(n, m) == 1:
+            why = lone_run(total)
     else:
         why = ""
     return Answer(decision, ratio, interval, p, shown, (n, m), total, why)
+
+
+def lone_run(needed: int | None) -> str:
+    """What to do about a side that was measured by one process: the next one may differ by more than its blocks do."""
+    return f"one run says nothing of how runs differ: give {needed} or more runs a side, or use ab"
 
 
 def _wanted(arms: Arms, left: Noise | None, ratio: float, rules: Rules, alpha: float) -> tuple[int | None, str]:
@@ -178,5 +185,6 @@ __all__ = [
     "Rules",
     "holm",
     "judge",
+    "lone_run",
     "prepared",
 ]

@@ -76,20 +76,36 @@ def rules_text(found: Comparison) -> list[str]:
     how = (
         "pairs of blocks measured next to each other, a coin deciding which came first: sign-flip test"
         if found.paired
-        else "stored files cannot be paired; blocks of each are compared by a permutation test, as if the machine had "
+        else "stored files cannot be paired; runs of each are compared by a permutation test, as if the machine had "
         "been the same for both: `rwkv-bench ab` needs no such assumption"
+    )
+    certain = (
+        f"at most {100 * rules.alpha:g} % of reports without any difference raise an alarm, all cells and "
+        f"{rules.looks} reading{'s' * (rules.looks != 1)} of a comparison counted"
     )
     lines = [
         f"SLOWER: speed below {100 * (1 - rules.margin):g} % of base for certain; NO SLOWER: a loss of "
         f"{100 * rules.effect:g} % is ruled out; [ ]: 95 % interval of one cell",
-        f"at most {100 * rules.alpha:g} % of reports without any difference raise an alarm, all cells and "
-        f"{rules.looks} reading{'s' * (rules.looks != 1)} of a comparison counted",
-        "sees: the slowdown that these blocks would show with a chance of 95 %",
+        *(
+            [certain]
+            if found.paired
+            else [f"{certain}, if the machine was the same for both"]
+            if _several(found)
+            else []
+        ),
+        f"sees: the slowdown that these {_unit(found)} would show with a chance of 95 %",
+        f"base and head: medians of each side; the change is estimated from all {_unit(found)} "
+        "and need not be their ratio",
         how,
     ]
     if found.merged > 1:
-        lines.append(f"neighbouring blocks are alike, so {found.merged} at a time count as one")
+        lines.append(f"neighbouring runs are alike, so {found.merged} at a time count as one")
     return lines
+
+
+def _several(found: Comparison) -> bool:
+    """Whether any cell has more than one run a side: without, no answer about speed is given, right or wrong."""
+    return any(min(line.answer.blocks) > 1 for line in found.lines)
 
 
 def _record(line: Line) -> dict[str, Any]:
@@ -118,7 +134,7 @@ def _table(found: Comparison, marked: bool = False) -> Table:
         "backend",
         "scheme",
     ]
-    header = (*keys, "metric", "base", "head", "change of speed", "verdict", "sees", "blocks", "parity")
+    header = (*keys, "metric", "base", "head", "change of speed", "verdict", "sees", _unit(found), "parity")
     lines = []
     shown = set()
     for line in sorted(found.lines, key=lambda line: _rank(line.answer.decision)):
@@ -139,11 +155,16 @@ def _table(found: Comparison, marked: bool = False) -> Table:
         *rules_text(found),
     ]
     title = f"{found.names[0]} → {found.names[1]}"
-    return Table(title, header, tuple(lines), tuple(notes), (*keys, "metric", "verdict", "parity"), _SPARE)
+    spare = (_unit(found), *_SPARE)
+    return Table(title, header, tuple(lines), tuple(notes), (*keys, "metric", "verdict", "parity"), spare)
 
 
-#: Columns to do without on a narrow terminal, the first one first.
-_SPARE = ("blocks", "base", "workload", "sees")
+def _unit(found: Comparison) -> str:
+    return "pairs" if found.paired else "runs"
+
+
+#: Columns to do without on a narrow terminal, the first one first, after the number of runs.
+_SPARE = ("base", "workload", "sees")
 
 #: Undecided cells whose reason is spelt out; the conclusion counts them all.
 _MOST_REASONS = 8
@@ -160,13 +181,17 @@ def _speeds(line: Line, marked: bool) -> tuple[str, ...]:
     mark = f"{_MARKS[answer.decision]} " if marked and answer.decision in _MARKS else ""
     return (
         line.metric,
-        f"{number(line.base) or '-'} {line.unit}",
-        f"{number(line.head) or '-'} {line.unit}",
+        _speed(line.base, line.unit),
+        _speed(line.head, line.unit),
         ratio_text(answer),
         mark + answer.decision,
         sees,
         str(n) if n == m else f"{n}, {m}",
     )
+
+
+def _speed(value: float, unit: str) -> str:
+    return f"{number(value)} {unit}" if math.isfinite(value) else "-"
 
 
 def _parity(cell: Judged | None) -> str:

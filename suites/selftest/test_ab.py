@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import harness.ab
 import reports.ab_work
 from harness.ab_blocks import Block, BlockFailed, measure_block, parity_rows
 from harness.ab_checkouts import CheckoutError, Side, checkouts, within
@@ -136,16 +137,21 @@ def test_a_block_runs_the_code_of_its_side(untouched: Path, small: str) -> None:
 
 
 class Machine:
-    """Stands in for processes: block times with noise that lasts, head slower by ``slowdown``."""
+    """Stands in for processes: block times with noise that lasts, head slower by ``slowdown``; a block takes 1 s."""
 
     def __init__(self, slowdown: float = 0.0, ends: int | None = None, broken: str | None = None) -> None:
         self.rng = np.random.default_rng(0)
         self.slowdown, self.ends, self.broken = slowdown, ends, broken
         self.calls: list[str] = []
         self.level = 0.0
+        self.clock = 0.0
+
+    def monotonic(self) -> float:
+        return self.clock
 
     def measure(self, side: Side, asked: Mapping[str, Any]) -> Block:
         self.calls.append(side.name)
+        self.clock += 1.0
         if self.ends is not None and len(self.calls) > self.ends:
             raise KeyboardInterrupt
         if self.broken == side.name:
@@ -171,6 +177,8 @@ def ab(bench: Bench, untouched: Path, small: str, monkeypatch: pytest.MonkeyPatc
     def run(machine: Machine, *words: str) -> Done:
         monkeypatch.setattr(reports.ab_work, "measure_block", machine.measure)
         monkeypatch.setattr(reports.ab_work, "parity_rows", machine.parity)
+        for module in (reports.ab_work, harness.ab):
+            monkeypatch.setattr(module, "time", machine)
         common = ("--backend", "mine.py", "--model", small, "--threads", "1")
         return bench("ab", "--base", "HEAD~1", *common, "--seed", "3", *words)
 
@@ -244,6 +252,28 @@ def test_a_head_that_is_wrong_is_not_timed(ab: Callable[..., Done], monkeypatch:
     assert "PASS → FAIL" in done.out
 
 
+@pytest.mark.parametrize("verdict", ["UNAVAILABLE", "UNSUPPORTED"])
+def test_what_head_has_lost_is_a_regression(
+    ab: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, verdict: str
+) -> None:
+    """Both sides ran on one machine: what base can be judged by is there."""
+    said = {"base": {"verdict": "PASS"}, "head": {"verdict": verdict, "reason": "no kernel"}}
+    monkeypatch.setattr(Machine, "parity", staticmethod(lambda side, words: [{"scheme": "fp32", **said[side.name]}]))
+    done = ab(Machine(), "--minutes", "1")
+    assert done.code == 1
+    assert f"PASS → {verdict}" in done.out
+    assert "no kernel" in done.out
+
+
+def test_the_last_reading_waits_for_the_end_of_the_time(ab: Callable[..., Done]) -> None:
+    """Three readings, after 12, 24 and 48 pairs, leave a small effect open; 421 pairs, when time is over, do not."""
+    machine = Machine()
+    machine.rng = np.random.default_rng(1)
+    found = json.loads(ab(machine, "--minutes", "14", "--effect", "1.1%", "--format", "json").out)
+    assert len(machine.calls) == 2 * 14 * 30 + 2  # the pair that began in time is finished
+    assert {it["decision"] for it in found["cells"]} == {"NO SLOWER"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -285,6 +315,21 @@ def test_parity_of_a_side_comes_from_its_own_code(untouched: Path, small: str) -
         rows = parity_rows(base, words)
     assert {row["metric"] for row in rows} <= {"parity", "state_parity"}
     assert {row["verdict"] for row in rows} == {"PASS"}
+
+
+@pytest.mark.parametrize("name", ["bench", "gpu"])
+def test_no_fork_runs_code_on_a_runner_of_ones_own(name: str) -> None:
+    """Every job whose runner a variable names has the condition that pull requests come from the repository itself."""
+    text = (Path(__file__).parents[2] / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8")
+    jobs = re.findall(r"(?ms)^  (\w+):\n(.*?)(?=^  \w+:\n|\Z)", text.split("\njobs:\n")[1])
+    own = {job: body for job, body in jobs if re.search(r"runs-on:.*vars\.", body)}
+    assert len(own) == 2
+    for body in own.values():
+        condition = " ".join(body.split("if: >-")[1].split("runs-on:")[0].split())
+        assert "github.event.pull_request.head.repo.full_name == github.repository" in condition
+        assert "github.event_name != 'pull_request' ||" in condition
+    hosted = [body for body in own.values() if "macos" in body]
+    assert all("continue-on-error: ${{ vars.MPS_RUNNER == '' }}" in body for body in hosted)
 
 
 def test_the_workflow_asks_for_what_there_is() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,11 @@ import xmlschema
 from harness.rows import Row
 from harness.samples import Workload
 from harness.store import append
+from reports.verdict import exact
 from reports.verdict.blocks import read_rows
+from reports.verdict.comparison import names_of
+from reports.verdict.decision import Rules
+from reports.verdict.power import SPARE
 from suites.selftest.conftest import Done
 
 Bench = Callable[..., Done]
@@ -100,7 +107,7 @@ def test_too_few_runs_are_undecided_and_say_how_many(bench: Bench, tmp_path: Pat
     done = bench("compare", *files)
     assert done.code == 0
     assert done.out.startswith("UNDECIDED: up to ")
-    assert "more blocks of each side" in done.out
+    assert "more runs of each side would tell" in done.out
     assert bench("compare", *files, "--strict").code == 1
     more = found(bench("compare", *files, "--format", "json"))["numpy", "fp32", "decode"]
     assert more["decision"] == "UNDECIDED"
@@ -195,8 +202,9 @@ def test_what_cannot_be_is_told_in_one_line(
 
 def test_blocks_of_a_row_count_and_disturbed_ones_do_not() -> None:
     samples = tuple(float(i + 1) for i in range(9))
-    spans = [{"start": 0, "count": 3}, {"start": 3, "count": 3, "disturbed": True}, {"start": 6, "count": 3}]
-    own = row(CELLS[0], 1, "decode", samples=samples, verdict="PASS")
+    gone: dict[str, Any] = {"start": 3, "count": 3, "disturbed": "others took 12 %", "left_out": True}
+    spans = [{"start": 0, "count": 3}, gone, {"start": 6, "count": 3}]
+    own = row(CELLS[0], 1, "decode", samples=samples, verdict="PASS", sampling={"fresh": True})
     told = read_rows([Row.from_dict({**own.to_dict(), "blocks": spans})])
     (series,) = told.series.values()
     np.testing.assert_allclose(np.exp(series.times), [6 ** (1 / 3), 504 ** (1 / 3)])
@@ -219,3 +227,108 @@ def test_rows_that_were_not_measured_are_not_compared() -> None:
     own = row(CELLS[0], 1, "decode", samples=(4.0,), verdict="PASS")
     claimed = Row.from_dict({**own.to_dict(), "kind": "published", "verdict": None})
     assert not read_rows([claimed]).series
+
+
+def blocked(
+    run: int, level: float, rng: np.random.Generator, fresh: bool = False, blocks: int = 14, **more: Any
+) -> list[Row]:
+    """One run of one cell: a row with many quiet blocks, all of them ``level`` off, as one process may be."""
+    times = 6e7 * np.exp(level + rng.normal(0, 0.002, blocks))
+    spans = [{"start": i, "count": 1, **more} for i in range(blocks)]
+    asked = {"fresh": fresh, "repeats": blocks}
+    timed = row(CELLS[0], run, "decode", verdict="PASS", samples=tuple(times.tolist()), blocks=spans, sampling=asked)
+    return [row(CELLS[0], run, "parity", verdict="PASS", error=0.05, bound=0.1), timed]
+
+
+def stored(path: Path, rows: Sequence[Row]) -> str:
+    for each in rows:
+        append(path, each)
+    return str(path)
+
+
+def test_one_run_a_side_gives_no_answer_however_many_blocks_it_has(bench: Bench, tmp_path: Path) -> None:
+    """Base and head are the same code; their processes differ by 4 %, as processes do."""
+    rng = np.random.default_rng(0)
+    base, many = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng)), tmp_path / "c.jsonl"
+    head = stored(tmp_path / "b.jsonl", blocked(1, 0.04, rng))
+    done = bench("compare", base, head)
+    assert done.code == 0
+    least = exact.fewest(Rules().of_one(1)) + SPARE
+    assert done.out.startswith(f"UNDECIDED: give {least} or more runs a side, or use ab\n")
+    assert "raise an alarm" not in done.out
+    assert bench("compare", base, head, "--strict").code == 1
+    (cell,) = found(bench("compare", base, head, "--format", "json")).values()
+    assert (cell["decision"], cell["blocks"], cell["needed"]) == ("UNDECIDED", [1, 1], least)
+    assert cell["ratio"] == pytest.approx(np.exp(-0.04), abs=0.005)
+    stored(many, [each for run in range(20) for each in blocked(run, 0.04, rng)])
+    assert "UNDECIDED" in bench("compare", base, str(many)).out
+
+
+def test_no_difference_between_single_runs_never_raises_an_alarm(bench: Bench, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    files = [stored(tmp_path / f"{i}.jsonl", blocked(i, rng.normal(0, 0.03), rng)) for i in range(6)]
+    codes = [bench("compare", a, b).code for a, b in itertools.combinations(files, 2)]
+    assert codes == [0] * 15
+
+
+def test_single_runs_still_show_what_is_wrong(bench: Bench, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng))
+    head = stored(tmp_path / "b.jsonl", [row(CELLS[0], 1, "parity", verdict="FAIL", error=1.0, bound=0.1)])
+    assert bench("compare", base, head).code == 1
+
+
+def test_the_unit_is_the_run_or_a_process_of_its_own(bench: Bench, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    several = [each for run in range(8) for each in blocked(run, rng.normal(0, 0.01), rng)]
+    (series,) = read_rows(several).series.values()
+    assert series.times.shape == (8,)
+    median = float(np.median(np.log(several[1].samples or ())))
+    assert series.times[0] == pytest.approx(median)
+    (series,) = read_rows(blocked(0, 0.0, rng, fresh=True)).series.values()
+    assert series.times.shape == (14,)
+    base = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng, fresh=True))
+    slow = stored(tmp_path / "b.jsonl", blocked(0, 0.1, rng, fresh=True))
+    assert "REGRESSION: 1 of 1 slower" in bench("compare", base, slow).out
+
+
+def test_a_row_disturbed_throughout_counts_and_nothing_is_nan(bench: Bench, tmp_path: Path) -> None:
+    """The row leaves nothing out where all of it was disturbed; one that does has no speed here."""
+    rng = np.random.default_rng(2)
+    base = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng, disturbed="others took 12 %"))
+    head = stored(tmp_path / "b.jsonl", blocked(1, 0.0, rng))
+    done = bench("compare", base, head)
+    assert "nan" not in done.out
+    assert "left out" not in done.out
+    gone = stored(tmp_path / "c.jsonl", blocked(0, 0.0, rng, disturbed="others took 12 %", left_out=True))
+    done = bench("compare", gone, head)
+    assert done.code == 0
+    assert "nan" not in done.out
+    assert "all 14 blocks of base were disturbed" in done.out
+
+
+@pytest.mark.parametrize("verdict", ["UNAVAILABLE", "UNSUPPORTED"])
+def test_what_head_cannot_judge_any_more_is_missing(bench: Bench, tmp_path: Path, verdict: str) -> None:
+    base = stored(tmp_path / "a.jsonl", [row(CELLS[0], 0, "parity", verdict="PASS", error=0.05, bound=0.1)])
+    head = stored(tmp_path / "b.jsonl", [row(CELLS[0], 1, "parity", verdict=verdict, reason="not installed")])
+    done = bench("compare", base, head)
+    assert done.code == 0
+    assert "1 missing" in done.out.splitlines()[0]
+    assert bench("compare", base, head, "--strict").code == 1
+
+
+def test_batches_have_a_name_of_their_own() -> None:
+    own = row(CELLS[0], 1, "decode", samples=(1.0,), verdict="PASS")
+    assert names_of(own)["workload"] == "256+64"
+    assert names_of(replace(own, workload=Workload(64, 16, 2)))["workload"] == "64+16×2"
+
+
+def test_cells_that_are_too_noisy_are_counted(bench: Bench, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for name in ("a.jsonl", "b.jsonl"):
+        for cell, spread in zip(CELLS[:2], (0.02, 3.0), strict=True):
+            for run in range(4):
+                time = 6e7 * float(np.exp(rng.normal(0, spread)))
+                append(tmp_path / name, row(cell, run, "decode", verdict="PASS", samples=(time,)))
+    said = bench("compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")).out.splitlines()[0]
+    assert re.fullmatch(r"UNDECIDED: up to \d+ more runs of each side would tell; 1 of 2 is too noisy", said)

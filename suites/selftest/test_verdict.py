@@ -131,7 +131,7 @@ def test_too_few_blocks_say_how_many_more(paired: bool) -> None:
     assert found.decision == UNDECIDED
     assert found.needed is not None
     assert found.needed >= n + 1 + SPARE
-    assert f"{found.needed - n} more {'pairs' if paired else 'blocks of each side'}" in found.why
+    assert f"{found.needed - n} more {'pairs' if paired else 'runs of each side'}" in found.why
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
