@@ -3,7 +3,7 @@
 weights      NaN in the checkpoint is nobody's fault but its own
 judged       what of the backend fails: the checks of the parity gate
 place        by trace points, by the recurrent state, or by checkpoints of the first k layers
-prompt       the shortest that fails
+prompt       one that fails and of which nothing can be left out
 cause, fix   what explains it, and a change that was tried
 """
 
@@ -83,8 +83,8 @@ def localize(
         found = places.malformed(case, judged) or _place(case, held, judged, method)
         if isinstance(found, Finding):
             return found
-        prompt = _prompt(case, held, judged, found.finding)
-    finding = replace(found.finding, prompt=prompt)
+        prompt, stopped = _prompt(case, held, judged, found.finding)
+    finding = replace(found.finding, prompt=prompt, prompt_stopped=stopped)
     finding = replace(finding, cause=found.cause) if found.cause else _explained(case, found, finding)
     return replace(finding, fix=_fix(case, finding, found) if fix else None)
 
@@ -124,11 +124,14 @@ def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located 
     return replace(found, finding=replace(found.finding, watched=watched, history=history))
 
 
-def _prompt(case: Case, held: Held, judged: Gate, finding: Finding) -> tuple[int, ...]:
-    """The shortest prompt that fails as the whole one does, by NaN or by error: in one call, else token by token."""
+def _prompt(case: Case, held: Held, judged: Gate, finding: Finding) -> tuple[tuple[int, ...], str]:
+    """A short prompt that fails as the whole one does, by NaN or by error: in one call, else token by token.
+
+    With what ended the search for a shorter one, as :func:`shortest` tells it.
+    """
     failing = {check.name for check in judged.logits if not check.passed and "returned" not in (check.problem or "")}
     if not failing & {"decode", "prefill"}:
-        return ()
+        return (), ""
     singly = "prefill" not in failing
     case.tell("the shortest failing prompt")
 
@@ -140,8 +143,8 @@ def _prompt(case: Case, held: Held, judged: Gate, finding: Finding) -> tuple[int
         return not rms(logits - expected) / case.truth.unit <= K * case.truth.e_worst
 
     if not fails(case.ids):  # it fails at an earlier token only, or not every time
-        return ()
-    return shortest(fails, case.ids, finding.token_index)[0]
+        return (), ""
+    return shortest(fails, case.ids, finding.token_index)
 
 
 def _last(held: Held, tokens: Sequence[int], singly: bool) -> np.ndarray:

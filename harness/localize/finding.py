@@ -74,7 +74,8 @@ class Finding:
                 a span where the backend shows no more (``blocks.3.att.*``)
     span        trace points that the backend does not show and that may be what is wrong instead of ``point``
     history     on the way there, in execution order
-    prompt      the shortest failing one that was found
+    prompt      the shortest failing one that was found: none of its tokens can be left out, unless ``prompt_stopped``
+                tells what ended the search (``12 s``)
     watched     what watching did: ``same`` to the bit, ``differs``, or ``hidden`` (the fault is gone when watched);
                 empty where nothing was watched
     notes       what the reader must know besides: a method that was not available and why, what was not reached
@@ -93,5 +94,6 @@ class Finding:
     fix: Fix | None = None
     span: tuple[str, ...] = ()
     prompt: tuple[int, ...] = ()
+    prompt_stopped: str = ""
     watched: str = ""
     notes: tuple[str, ...] = field(default=())

@@ -1,11 +1,11 @@
-"""The shortest prompt that still fails: delta debugging over tokens."""
+"""A prompt that still fails and of which no token can be left out: each token alone, then delta debugging."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 
-#: Beyond these, the shortest prompt so far is the answer.
+#: Beyond these, the shortest prompt so far is the answer. Single tokens may take half of either.
 MOST_TRIES, MOST_SECONDS = 200, 12.0
 
 Fails = Callable[[Sequence[int]], bool]
@@ -13,37 +13,43 @@ Fails = Callable[[Sequence[int]], bool]
 
 def shortest(
     fails: Fails, tokens: Sequence[int], near: int | None = None, clock: Callable[[], float] = time.monotonic
-) -> tuple[tuple[int, ...], bool]:
-    """A prompt that fails and of which no single token can be left out, and whether there was time to show that.
+) -> tuple[tuple[int, ...], str]:
+    """A prompt that fails, and what ended the search (``12 s``, ``200 tries``); empty: no token can be left out.
 
-    ``tokens`` itself must fail; ``near``: the position where it seems to, tried first. Then ends, chunks and single
-    tokens are left out (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", 2002).
+    ``tokens`` itself must fail; ``near``: the position where it seems to. Tokens are tried alone, that one first; then
+    ends, chunks and single tokens are left out (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing
+    Input", 2002), which by itself may end at two tokens where another one fails alone.
     """
-    limit = clock() + MOST_SECONDS
+    began = clock()
     known: dict[tuple[int, ...], bool] = {}
 
     def check(candidate: tuple[int, ...]) -> bool:
         if candidate not in known:
-            if len(known) >= MOST_TRIES or clock() > limit:
-                raise _Enough
+            if len(known) >= MOST_TRIES:
+                raise _Enough(f"{MOST_TRIES} tries")
+            if clock() - began > MOST_SECONDS:
+                raise _Enough(f"{MOST_SECONDS:.0f} s")
             known[candidate] = bool(candidate) and fails(candidate)
         return known[candidate]
 
     best = [tuple(int(token) for token in tokens)]
     try:
-        for likely in [] if near is None else [best[0][near : near + 1], best[0][: near + 1]]:
-            if check(likely):
-                best[0] = likely
+        for token in dict.fromkeys([*([] if near is None else best[0][near : near + 1]), *best[0]]):
+            if len(known) >= MOST_TRIES / 2 or clock() - began > MOST_SECONDS / 2:
                 break
+            if check((token,)):
+                return (token,), ""
+        if near is not None and check(best[0][: near + 1]):
+            best[0] = best[0][: near + 1]
         _beginning(check, best)
         _complements(check, best)
-    except _Enough:
-        return best[0], False
-    return best[0], True
+    except _Enough as enough:
+        return best[0], str(enough)
+    return best[0], ""
 
 
 class _Enough(Exception):
-    """No more tries."""
+    """No more tries; what has run out."""
 
 
 def _beginning(check: Callable[[tuple[int, ...]], bool], best: list[tuple[int, ...]]) -> None:

@@ -20,7 +20,7 @@ WIDTH = 80
 #: Lines of the history in the text: those before the fault, and the one after it.
 _BEFORE, _AFTER = 6, 1
 
-#: Token ids of the shortest prompt in the text; the JSON has all.
+#: Token ids of the failing prompt in the text; the JSON has all.
 _IDS = 16
 
 _HIDDEN = "the fault hides when watched: with the trace points read, the logits are right"
@@ -46,6 +46,7 @@ def as_json(finding: Finding, about: Mapping[str, Any]) -> str:
         "span": list(finding.span),
         "history": [asdict(seen) | {"bad": seen.bad} for seen in finding.history],
         "prompt": list(finding.prompt),
+        "prompt_stopped": finding.prompt_stopped or None,
         "watched": finding.watched or None,
         "notes": list(finding.notes),
         "fix": None if finding.fix is None else asdict(finding.fix),
@@ -60,7 +61,7 @@ def plain_json(document: Mapping[str, Any]) -> str:
 
 
 def as_text(finding: Finding, about: Mapping[str, Any], prompt: str = "") -> str:
-    """A report in lines of at most 80 columns; ``prompt``: the shortest failing one as text."""
+    """A report in lines of at most 80 columns; ``prompt``: the failing one that was found, as text."""
     title = f"{about['backend']} {about['scheme']} on {about['device']} · {about['model']}"
     title += f" · {about['prompt_tokens']} token{'s' * (about['prompt_tokens'] > 1)}"
     lines = [f"{title}: {finding.verdict.upper()} (by {finding.method})", ""]
@@ -74,7 +75,7 @@ def as_text(finding: Finding, about: Mapping[str, Any], prompt: str = "") -> str
         lines += _field("cause", finding.cause)
     lines += _fix(finding)
     if finding.prompt:
-        lines += _field("prompt", _prompt(finding.prompt, prompt))
+        lines += _field("prompt", _prompt(finding, prompt))
     if finding.watched:
         lines += _field("watched", _WATCHED[finding.watched])
     for note in finding.notes:
@@ -108,11 +109,14 @@ def _where(finding: Finding) -> str:
     return ", ".join(parts)
 
 
-def _prompt(tokens: Sequence[int], text: str) -> str:
-    count = len(tokens)
+def _prompt(finding: Finding, text: str) -> str:
+    tokens, count = finding.prompt, len(finding.prompt)
     ids = ",".join(str(token) for token in tokens[:_IDS]) + (f",... ({count} in all)" if count > _IDS else "")
     shown = f" {text!r}" if text else ""
-    return f"the shortest that fails has {count} token{'s' * (count > 1)}: {ids}{shown}"
+    told = ", none of which can be left out" if count > 1 else ""
+    if finding.prompt_stopped:
+        told = f"; the search stopped after {finding.prompt_stopped}"
+    return f"{count} token{'s' * (count > 1)}{told}: {ids}{shown}"
 
 
 def _fix(finding: Finding) -> list[str]:

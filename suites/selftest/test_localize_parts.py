@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 
 from harness.localize.by_layers import layered
-from harness.localize.finding import Seen
+from harness.localize.finding import DIVERGED, LOGITS, Finding, Seen
 from harness.localize.heatmap import grid
 from harness.localize.lockstep import Stream, layers
 from harness.localize.off import allowed, first_place, off, rounding, size
-from harness.localize.prompt import MOST_SECONDS, shortest
+from harness.localize.prompt import MOST_SECONDS, MOST_TRIES, shortest
+from harness.localize.report import as_json, as_text
 from harness.localize.truncation import SILENT, first_layers, silenced
 from harness.tolerance import K
 from reference.config import Config
@@ -122,17 +125,39 @@ def test_the_shortest_prompt() -> None:
     def fails(tokens: Sequence[int]) -> bool:
         return 3 in tokens and 8 in tokens and list(tokens).index(3) < list(tokens).index(8)
 
-    assert shortest(fails, range(20)) == ((3, 8), True)
-    assert shortest(fails, range(20), near=8) == ((3, 8), True)
-    assert shortest(lambda tokens: 11 in tokens, range(20), near=11) == ((11,), True)
+    assert shortest(fails, range(20)) == ((3, 8), "")
+    assert shortest(fails, range(20), near=8) == ((3, 8), "")
+    assert shortest(lambda tokens: 11 in tokens, range(20), near=11) == ((11,), "")
     assert shortest(lambda tokens: len(tokens) >= 5, range(20))[0] == (0, 1, 2, 3, 4)
 
 
 def test_the_search_for_it_ends() -> None:
     ticks = count(step=MOST_SECONDS / 4)
-    best, done = shortest(lambda tokens: sum(tokens) > 100, range(40), clock=lambda: float(next(ticks)))
-    assert not done
+    best, stopped = shortest(lambda tokens: sum(tokens) > 100, range(40), clock=lambda: float(next(ticks)))
+    assert stopped == f"{MOST_SECONDS:.0f} s"
     assert sum(best) > 100
+    assert shortest(lambda tokens: len(tokens) > 300, range(600), clock=lambda: 0.0)[1] == f"{MOST_TRIES} tries"
+
+
+def test_a_token_that_fails_alone_comes_before_others_that_fail_together() -> None:
+    """3 and 8 fail together and are met first; 9 fails alone."""
+
+    def fails(tokens: Sequence[int]) -> bool:
+        return 9 in tokens or {3, 8} <= set(tokens)
+
+    for near in (None, 1, 3):
+        assert shortest(fails, [3, 8, 0, 9], near=near) == ((9,), "")
+
+
+def test_the_prompt_is_told_as_what_it_is() -> None:
+    about = {"backend": "x", "scheme": "fp16", "device": "cpu", "model": "m", "prompt_tokens": 40}
+    finding = Finding(DIVERGED, LOGITS, prompt=(3, 8))
+    assert "prompt   2 tokens, none of which can be left out: 3,8" in as_text(finding, about)
+    assert "prompt   1 token: 3 'a'" in as_text(replace(finding, prompt=(3,)), about, "a")
+    late = replace(finding, prompt_stopped="12 s")
+    assert "prompt   2 tokens; the search stopped after 12 s: 3,8" in as_text(late, about)
+    assert json.loads(as_json(late, about))["prompt_stopped"] == "12 s"
+    assert json.loads(as_json(finding, about))["prompt_stopped"] is None
 
 
 def test_the_picture(tmp_path: Path) -> None:
