@@ -40,6 +40,14 @@ def _to_fp16(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float16).astype(np.float32)
 
 
+def _to_fp16_rows(x: np.ndarray) -> np.ndarray:
+    """Round to half; a row ``x (..., K)`` beyond 2^15 in units of the power of two that brings it below."""
+    top = np.minimum(np.abs(x).max(axis=-1, keepdims=True), np.finfo(np.float32).max)
+    power = np.maximum(np.ceil(np.log2(np.maximum(top, np.float32(1)))) - np.float32(15), np.float32(0))
+    unit = np.exp2(power)
+    return np.asarray(_to_fp16(x / unit) * unit)
+
+
 def _to_bf16(x: np.ndarray) -> np.ndarray:
     return bf16_to_f32(f32_to_bf16(x))
 
@@ -99,8 +107,10 @@ ROUND: dict[str, Rounding] = {"fp32": _to_fp32, "fp16": _to_fp16, "bf16": _to_bf
 
 #: Types that only the inputs of matrix products are rounded to: ggml's, BigDL's (int8x64), ONNX Runtime's (int8x32f,
 #: int8x128), and what ggml had in April 2023 (int4x32, uint4x32). Scales are fp16 in int8x32 and fp32 in the others.
+#: fp16in overflows as fp16 does; fp16rows divides rows that would by a power of two, as this project's kernels do.
 INPUTS: dict[str, Rounding] = {
     "fp16in": _to_fp16,
+    "fp16rows": _to_fp16_rows,
     **{name: partial(int8_per_block, block=block, scales=scales) for name, (block, scales) in INT8_BLOCKS.items()},
     "int4x32": int4_per_block,
     "uint4x32": uint4_per_block,
@@ -112,6 +122,7 @@ UNIT_ROUNDOFF: dict[str, float] = {
     "fp16": 2.0**-11,
     "bf16": 2.0**-8,
     "fp16in": 2.0**-11,
+    "fp16rows": 2.0**-11,
     **dict.fromkeys(INT8_BLOCKS, 2.0**-8),
     "int4x32": 2.0**-4,
     "uint4x32": 2.0**-5,
@@ -217,7 +228,8 @@ class Emulated:
         self._accumulate = self._in_units(ROUND[arithmetic.accumulation])
         inputs = INPUTS.get(arithmetic.activations, _to_fp32)
         block = INT8_BLOCKS.get(arithmetic.activations)
-        self._inputs = self._drawn_blocks(*block) if block else self._drawn(inputs) if inputs is _to_fp16 else inputs
+        shifting = inputs in (_to_fp16, _to_fp16_rows)
+        self._inputs = self._drawn_blocks(*block) if block else self._drawn(inputs) if shifting else inputs
 
     def _rounding(self, kind: str) -> Rounding:
         """Rounding to a type; those of ``INPUTS`` round only the inputs of products."""

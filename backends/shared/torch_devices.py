@@ -109,7 +109,18 @@ def give_back(device: Any) -> None:
     gc.collect()
     with suppress(RuntimeError):  # a device that has failed has nothing to give back
         wait(device)
+    if device.type == "cuda":
+        _clear_workspaces()
     (torch.cuda if device.type == "cuda" else torch.mps).empty_cache()
+
+
+def _clear_workspaces() -> None:
+    """cuBLAS keeps a workspace for every stream it has worked on; torch's way to free them is no public one."""
+    import torch
+
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
 
 
 @contextmanager

@@ -16,9 +16,10 @@ Without a GPU the kernels run in Triton's interpreter, on numpy: ``TRITON_INTERP
 ``cpu``. It checks results and is slow; nothing chooses it silently.
 
 What is computed: products add up in float32. In ``fp16`` and the packed schemes their inputs are rounded to float16,
-and nothing else is: results, residual stream and WKV are float32, and rows of squared ReLU too large for float16 are
-divided by a power of two, so that no weights make it overflow. ``q0f16`` is MLC-LLM's arithmetic, all of it float16 but
-WKV, and overflows where that does. In ``bf16`` the stream and WKV are float32.
+and nothing else is: results, residual stream and WKV are float32, and rows of squared ReLU and of r * wkv too large
+for float16 are divided by a power of two. So no matrix makes it overflow; weights of a LayerNorm do that put its result
+beyond 65504, near a thousand and more (no trained model's are). ``q0f16`` is MLC-LLM's arithmetic, all of it float16
+but WKV, and overflows where that does. In ``bf16`` the stream and WKV are float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from backends.triton_cuda import machine
 from reference.numerics import Arithmetic
 from reference.weights import Weights
 
-_SAFE = Arithmetic(activations="fp16in")
+_SAFE = Arithmetic(activations="fp16rows")
 
 INFO = BackendInfo(
     name="triton",
@@ -68,7 +69,7 @@ def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> 
 
 
 def adjust(checkpoint: Weights, scheme: str, device: str, threads: int | None, change: Mapping[str, Any]) -> Session:
-    """The same with ``rescale_every``, for ``q0f16``; the other schemes have nothing that overflows."""
+    """The same with ``rescale_every``, for ``q0f16``; the others keep in float32 what it rescales."""
     unknown = sorted(set(change) - {"rescale_every"})
     if unknown:
         raise Unsupported(f"triton cannot change {', '.join(unknown)}; it can change rescale_every, and has fp16")

@@ -26,6 +26,6 @@ def captured(work: Work, device: torch.device) -> Work:
     torch.cuda.current_stream(device).wait_stream(apart)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=apart):
         work()
     return graph.replay

@@ -1,4 +1,4 @@
-"""What a prompt needs beside cuBLAS: packed matrices, squared ReLU kept in range, and the gated addition."""
+"""What a prompt needs beside cuBLAS: packed matrices, inputs kept in float16's range, and the gated addition."""
 
 from __future__ import annotations
 
@@ -86,6 +86,20 @@ def square(k, squared, factors, width, rows, LIMITED: tl.constexpr, ROWS: tl.con
         x = tl.load(k + at + cols, mask=inside & (cols < width), other=0.0).to(tl.float32)
         x = tl.where(x > 0, x, x * 0)  # NaN stays NaN
         tl.store(squared + at + cols, x * x * inverse[:, None], mask=inside & (cols < width))
+
+
+@triton.jit
+def fit(x, out, factors, width, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``x (rows, C)`` divided by the row's factor as in :func:`square` -> ``out``; a program holds whole rows."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (cols < width)
+    at = row[:, None] * width + cols
+    value = tl.load(x + at, mask=inside, other=0.0)
+    top = tl.max(tl.abs(value), axis=1)
+    power = tl.maximum(tl.ceil(tl.log2(tl.maximum(top, 1.0)) - 15.0), 0.0)
+    tl.store(factors + row, tl.exp2(power), mask=row < rows)
+    tl.store(out + at, value * tl.exp2(-power)[:, None], mask=inside)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from backends.triton_cuda.kernels_gemm import add_gated, square
+from backends.triton_cuda.kernels_gemm import add_gated, fit, square
 from backends.triton_cuda.kernels_gemv import choose, gemv_channel_mix, gemv_time_mix, top_of_block
 from backends.triton_cuda.kernels_norm import embed_norm, norm, norm_mix
 from backends.triton_cuda.kernels_wkv import wkv_output, wkv_totals
@@ -111,61 +111,80 @@ class Model:
             self._rescale(x, unit, layer.unit)
             unit = layer.unit
             here = _named(tap, f"blocks.{i}.")
-            x.add_(self._time_mix(x, layer, past[:, i], after[:, i], length, here))
+            self._time_mix(x, layer, past[:, i], after[:, i], length, here)
             if here is not None:
                 here("att.residual", _times(x, unit))
             self._channel_mix(x, layer, past[:, i], after[:, i], length, here)
             if here is not None:
                 here("ffn.residual", _times(x, unit))
-        last = torch.empty_like(x, dtype=self.types.inputs)
+        last = torch.empty_like(x, dtype=self._shown(tap))
         self._last_norm(x, last, unit)
         if tap is not None:
             tap("ln_out", last)
-        return last
+        return last.to(self.types.inputs)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits ``(rows, V)``, float32."""
         return product(self._stored.head, x, torch.float32)
 
-    def _time_mix(self, x: Tensor, layer: Layer, past: Tensor, after: Tensor, length: int, tap: Tap | None) -> Tensor:
+    def _shown(self, tap: Tap | None) -> torch.dtype:
+        """Type of what a product takes; traced, it is shown as it was made, and rounded for the product only then."""
+        return self.types.inputs if tap is None or not self.types.limited else self.types.made
+
+    def _time_mix(self, x: Tensor, layer: Layer, past: Tensor, after: Tensor, length: int, tap: Tap | None) -> None:
+        """Adds to ``x`` in place."""
         rows, c = x.shape
-        mixed = torch.empty(3, rows, c, dtype=self.types.inputs, device=self.device)
+        types = self.types
+        mixed = torch.empty(3, rows, c, dtype=self._shown(tap), device=self.device)
         normed = None if tap is None else torch.empty_like(x)
         self._norm_mix(
             x, layer.att_norm, layer.att_mu, past[:, ATT_X], after[:, ATT_X], mixed, length, layer.unit, normed
         )
-        k, v, r = (product(layer.kvr.rows(j * c, c), mixed[j], self.types.made) for j in range(3))
-        out = torch.empty_like(mixed[0])
-        raw = None if tap is None else torch.empty(rows, c, dtype=self.types.made, device=self.device)
+        k, v, r = (product(layer.kvr.rows(j * c, c), mixed[j].to(types.inputs), types.made) for j in range(3))
+        out = torch.empty_like(k)
+        raw = None if tap is None else torch.empty_like(k)
         rows_of = slice(AA, PP + 1)
         scan(k, v, r, layer.decay, layer.bonus, past[:, rows_of], after[:, rows_of], length, out, raw)
-        added = product(layer.output, out, self.types.made)
+        fitting, factors = self._fitting(out)
+        added = product(layer.output, fitting, types.made)
         if tap is not None and normed is not None and raw is not None:
             names = ("ln1", "att.xk", "att.xv", "att.xr", "att.k", "att.v", "att.r", "att.wkv", "att.rwkv")
             for name, value in zip(names, (normed, *mixed, k, v, r.sigmoid(), raw, out)):
                 tap(name, value)
-            tap("att.out", _times(added, layer.unit))
-        return added
+            tap("att.out", _times(added if factors is None else added * factors, layer.unit))
+        if factors is None:
+            x.add_(added)
+        else:
+            x.addcmul_(added, factors)
+
+    def _fitting(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``out (rows, C)`` as a product takes it, and ``(rows, 1)`` that the product is to be multiplied by."""
+        if not self.types.limited:
+            return out, None
+        fitting = torch.empty_like(out, dtype=self.types.inputs)
+        factors = torch.empty(len(out), 1, device=self.device)
+        self._by_rows(fit, len(out), out, fitting, factors, out.shape[1], len(out))
+        return fitting, factors
 
     def _channel_mix(self, x: Tensor, layer: Layer, past: Tensor, after: Tensor, length: int, tap: Tap | None) -> None:
         """Adds to ``x`` in place."""
         rows, c = x.shape
         hidden, types = self.config.n_ffn, self.types
-        mixed = torch.empty(2, rows, c, dtype=types.inputs, device=self.device)
+        mixed = torch.empty(2, rows, c, dtype=self._shown(tap), device=self.device)
         normed = None if tap is None else torch.empty_like(x)
         self._norm_mix(
             x, layer.ffn_norm, layer.ffn_mu, past[:, FFN_X], after[:, FFN_X], mixed, length, layer.unit, normed
         )
-        k = product(layer.kr.rows(0, hidden), mixed[0], types.made)
-        r = product(layer.kr.rows(hidden, c), mixed[1], types.made)
-        squared = torch.empty_like(k, dtype=types.inputs)
+        k = product(layer.kr.rows(0, hidden), mixed[0].to(types.inputs), types.made)
+        r = product(layer.kr.rows(hidden, c), mixed[1].to(types.inputs), types.made)
+        squared = torch.empty_like(k, dtype=self._shown(tap))
         factors = torch.ones(rows, device=self.device)
         tile = row_tile(SQUARE_BLOCK, rows)
         square[(triton.cdiv(rows, tile.rows),)](
             k, squared, factors, hidden, rows,
             LIMITED=types.limited, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
-        v = product(layer.value, squared, types.made)
+        v = product(layer.value, squared.to(types.inputs), types.made)
         if tap is not None and normed is not None:
             whole = factors[:, None]
             gate, product_ = r.sigmoid(), _times(v * whole if types.limited else v, layer.unit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.api import State, Tap
+from backends.shared.torch_devices import give_back, loading
 from backends.triton_cuda.graph import Work, captured
 from backends.triton_cuda.machine import KEPT_PROMPTS, check_memory, open_device
 from backends.triton_cuda.model import Model
@@ -25,12 +25,15 @@ PIECE = 2048
 
 
 def open_session(weights: Weights, scheme: str, device: str, rescale_every: int = 0) -> TritonSession:
-    """A session over ``weights`` stored by ``scheme``. Raises Unavailable or Unsupported before anything is loaded."""
+    """A session over ``weights`` stored by ``scheme``.
+
+    Raises Unavailable or Unsupported before anything is loaded, and Unavailable where memory runs out all the same.
+    """
     where = open_device(device)
     config, types = weights.config, TYPES[scheme]
     if where.type == "cuda":
         check_memory(config, scheme, PIECE, *torch.cuda.mem_get_info(where), tuple(TYPES))
-    with _on(where):
+    with loading(where, "triton"), _on(where):
         return TritonSession(Model(config, types, where, place(weights, scheme, where, rescale_every)))
 
 
@@ -80,7 +83,7 @@ class Decoding:
 
 class Prompts:
     """Prompts of one sequence. A length that comes again is captured: launching its kernels one by one takes longer
-    than a short prompt itself. The last few lengths are kept, each with the memory of its results."""
+    than a short prompt itself. The few lengths used last are kept, each with the memory of its results."""
 
     KEPT = KEPT_PROMPTS
 
@@ -96,11 +99,13 @@ class Prompts:
             self._seen.add(length)
             after = torch.empty_like(past)
             return self._model.head(self._model.hidden(ids, past, after)[-1:]), after
-        if length not in self._graphs:
-            for oldest in list(self._graphs)[: len(self._graphs) - self.KEPT + 1]:
-                del self._graphs[oldest]
-            self._graphs[length] = _Prompt(self._model, ids, past)
-        return self._graphs[length].run(ids, past)
+        prompt = self._graphs.pop(length, None)
+        if prompt is None:
+            for longest_unused in list(self._graphs)[: len(self._graphs) - self.KEPT + 1]:
+                del self._graphs[longest_unused]
+            prompt = _Prompt(self._model, ids, past)
+        self._graphs[length] = prompt  # last: used last
+        return prompt.run(ids, past)
 
 
 class _Prompt:
@@ -183,11 +188,9 @@ class TritonSession:
             return torch.from_numpy(np.array(canonical, dtype=np.float32)).to(self._model.device)
 
     def close(self) -> None:
-        on_cuda = self._model.device.type == "cuda"
+        device = self._model.device
         del self._model, self._decoding, self._prompts, self._initial
-        if on_cuda:
-            gc.collect()  # graphs hold their memory until they are gone
-            torch.cuda.empty_cache()
+        give_back(device)
 
     def _started(self, tokens: Sequence[int], state: State | None) -> tuple[Tensor, Tensor]:
         """Ids ``(1, T)`` and the past ``(1, L, 5, C)`` on the device."""

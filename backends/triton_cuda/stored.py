@@ -70,8 +70,8 @@ class Step:
         self.count = torch.zeros(batch, dtype=torch.int32, device=device)
         self.x = torch.empty(1, width, dtype=types.stream, device=device)
         self.mixed = layer.kvr.vectors(3, types.inputs)
-        self.inner = layer.output.vectors(1, types.inputs)
-        # Where float16 is guarded against overflow, this vector simply stays float32.
+        # Where float16 is guarded against overflow, these vectors simply stay float32.
+        self.inner = layer.output.vectors(1, types.made)
         self.squared = layer.value.vectors(1, types.made)
         self.last = stored.head.vectors(1, types.inputs)
         self.gate = torch.empty(width, dtype=types.made, device=device)

@@ -22,7 +22,7 @@ class Types:
     inputs    what a matrix is multiplied by
     made      what comes out of a product, and what is made of that until the next product
     stream    the residual stream
-    limited   rows of squared ReLU are divided by a power of two where they would leave the type of ``inputs``
+    limited   rows of squared ReLU and of r * wkv are divided by a power of two where they would leave ``inputs``
     """
 
     inputs: torch.dtype
@@ -36,7 +36,8 @@ class Types:
 
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 
-#: Nothing but the inputs of products is rounded to float16, so nothing else can leave its range.
+#: Nothing but the inputs of products is rounded to float16, so nothing else can leave its range: LayerNorm's results
+#: do where its own weights are near a thousand and more, the other inputs are limited.
 _SAFE = Types(_F16, _F32, _F32)
 
 #: Scheme -> types.

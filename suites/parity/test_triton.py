@@ -136,7 +136,7 @@ def test_greedy_is_the_plain_loop_for_one_sequence_and_for_several() -> None:
 
 
 def test_a_length_that_comes_again_runs_on_buffers_of_its_own_and_is_the_same() -> None:
-    """The second prompt of a length is captured, the third replayed; of more lengths than are kept the oldest goes."""
+    """The second prompt of a length is captured, the third replayed; of more than are kept one unused longest goes."""
     session = load("fp32")
     for length in (6, 7, 8, 6):
         first, state = session.forward(TOKENS[:length], None)
@@ -148,7 +148,10 @@ def test_a_length_that_comes_again_runs_on_buffers_of_its_own_and_is_the_same() 
     np.testing.assert_array_equal(session.export_state(after), session.export_state(state))
     want, _ = forward(apply(weights(), "fp32"), TOKENS[:12])
     assert logits_error(other[None], want[None].astype(np.float64), truth("fp32").unit).rms < 1e-5
-    assert len(session._prompts._graphs) == 2
+    assert list(session._prompts._graphs) == [8, 6]
+    session.forward(TOKENS[:8], None)
+    session.forward(TOKENS[:7], None)
+    assert list(session._prompts._graphs) == [8, 7], "used last, not captured last, is kept"
 
 
 def test_a_prompt_longer_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,18 +177,34 @@ def test_a_state_of_another_shape_is_refused_and_the_initial_one_is_the_referenc
     np.testing.assert_array_equal(session.forward([3, 4], start)[0], session.forward([3, 4], None)[0])
 
 
-def overflowing() -> Weights:
-    """Keys of channel mixing some 200 times as large: their squares leave float16."""
+def test_a_trace_shows_what_was_made_not_its_rounded_copy() -> None:
+    """The inputs of products are float32 numbers, and what is made of a traced value is made of that value."""
+    got: dict[str, np.ndarray] = {}
+    load("fp16").trace(TOKENS[:5], None, got.__setitem__)
+    for point in ("blocks.0.att.xk", "blocks.0.att.rwkv", "blocks.1.ffn.xr", "blocks.1.ffn.k2", "ln_out"):
+        assert np.any(got[point] != got[point].astype(np.float16)), point
+    squared = np.square(np.maximum(got["blocks.1.ffn.k"], 0))
+    np.testing.assert_allclose(got["blocks.1.ffn.k2"], squared, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(got["blocks.0.att.rwkv"], got["blocks.0.att.r"] * got["blocks.0.att.wkv"], rtol=1e-6)
 
+
+#: Squares of channel mixing's keys, and r * wkv, leave float16 where these weights are so much larger.
+OVERFLOWING = {
+    "ffn.k2": {"blocks.0.ffn.key.weight": 2.0**8, "blocks.0.ffn.value.weight": 2.0**-6},
+    "att.rwkv": {"blocks.0.att.value.weight": 2.0**16, "blocks.0.att.output.weight": 2.0**-10},
+}
+
+
+@pytest.mark.parametrize("point", OVERFLOWING)
+def test_float16_overflows_where_everything_is_float16_and_nowhere_else(point: str) -> None:
     def change(name: str, tensor: Tensor) -> Tensor:
-        factor = {"blocks.0.ffn.key.weight": 256.0, "blocks.0.ffn.value.weight": 2.0**-6}.get(name)
+        factor = OVERFLOWING[point].get(name)
         return tensor if factor is None else Tensor.of(tensor.array() * np.float32(factor))
 
-    return weights().map(change)
-
-
-def test_float16_overflows_where_everything_is_float16_and_nowhere_else() -> None:
-    model = overflowing()
+    model = weights().map(change)
+    seen: dict[str, np.ndarray] = {}
+    forward(apply(model, "fp16"), TOKENS, tap=seen.__setitem__)
+    assert np.abs(seen[f"blocks.0.{point}"]).max() > 65504
     want, _ = forward(apply(model, "fp16"), TOKENS, dtype=np.float64)
     safe = triton_cuda.load(model, "fp16", "cpu", None)
     for logits in (safe.forward(TOKENS, None)[0], safe.forward(TOKENS[-1:], safe.forward(TOKENS[:-1], None)[1])[0]):

@@ -107,6 +107,26 @@ def test_fp16_inputs_round_inputs_only_and_draws_differ() -> None:
     assert np.abs(draws[1] - draws[2]).max() > 1e-4
 
 
+def test_fp16_rows_keep_what_fp16_inputs_lose() -> None:
+    """A row within range is rounded as by fp16in; one beyond it relative to its largest value; none overflows."""
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    x[1] *= np.float32(2.0**20) / np.abs(x[1]).max()
+    x[2] *= np.float32(3e38) / np.abs(x[2]).max()
+    rounded = INPUTS["fp16rows"](x)
+    np.testing.assert_array_equal(rounded[:1], INPUTS["fp16in"](x[:1]))
+    np.testing.assert_array_equal(rounded[1], INPUTS["fp16in"](x[1:2] / 2.0**5)[0] * np.float32(2.0**5))
+    with np.errstate(over="ignore"):
+        assert not np.isfinite(INPUTS["fp16in"](x)[1:]).all(axis=-1).any()
+    for seed in range(4):
+        weight = np.eye(64, dtype=np.float32)
+        result = Emulated(Arithmetic("fp16rows"), seed).linear(x[:2], Tensor.of(weight))
+        assert np.all(np.abs(result - x[:2]) <= 1.001 * UNIT_ROUNDOFF["fp16rows"] * np.abs(x[:2]) + 2.0**-19)
+        assert (np.abs(result - rounded[:2]).max() > 0) == (seed > 0)
+    x[0, 0], x[1, 0] = np.nan, np.inf
+    with np.errstate(over="ignore"):
+        assert not np.isfinite(INPUTS["fp16rows"](x)[:2, 0]).any()
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from(["fp32", "fp16", "bf16", "int8x32"]))
 def test_linear_is_a_matrix_product(seed: int, k: int, activations: str) -> None:
