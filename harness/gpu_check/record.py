@@ -88,6 +88,12 @@ def not_given_back(before: Card | None, after: Card | None, allowed: int = 64 <<
     return None if lost <= allowed else f"{lost >> 20} MiB of device memory were not given back"
 
 
+def shared(before: Card | None, after: Card | None) -> str | None:
+    """Who else was on the card before or after, whose memory cannot be told from a command's; ``None``: nobody."""
+    others = {process.pid: process for card in (before, after) if card is not None for process in card.others}
+    return f"shared with {', '.join(map(str, others.values()))}" if others else None
+
+
 def append(path: Path, row: Row) -> None:
     """At once, so that nothing measured is lost."""
     from harness.store import append as append_row

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,11 @@ def _rows(command: Command, job: Job, seconds: float | None) -> list[Row]:
     elif not rows:
         verdict = "UNAVAILABLE" if answer.status == NOT_AVAILABLE else "CRASHED"
         rows.append(failed(verdict, f"exit status {answer.status}: {answer.last_words}"))
-    kept_back = record.not_given_back(before, card_of(job.hardware.device))
+    after = card_of(job.hardware.device)
+    kept_back, others = record.not_given_back(before, after), record.shared(before, after)
+    if kept_back and others:
+        note = f"{kept_back}, which may be theirs: the card is {others}"
+        return [replace(row, extra={**row.extra, "device_memory": note}) for row in rows]
     if kept_back:
         rows.append(failed("FAIL", kept_back))
     return rows

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from harness import command_gpu_check, recorded
-from harness.card import Card
+from harness.card import Card, Process
 from harness.cli import main
 from harness.gpu_check import ablate, record, work
 from harness.gpu_check.overflow import point_of, write_overflowing
@@ -219,6 +219,17 @@ def test_device_memory_that_is_kept_is_a_failure(monkeypatch: pytest.MonkeyPatch
     small = Card(0, "u", "H200", (100 << 30) - (10 << 20), None, None, None, "570")
     assert record.not_given_back(Card(0, "u", "H200", 100 << 30, None, None, None, "570"), small) is None
     assert record.not_given_back(None, small) is None
+
+
+def test_device_memory_that_others_may_have_taken_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Process(4711, "/usr/bin/trainer", 1 << 30)
+    before = Card(0, "u", "H200", 100 << 30, None, None, None, "570")
+    cards = iter([before, replace(before, free_bytes=99 << 30, others=(other,))])
+    monkeypatch.setattr(work, "card_of", lambda device: next(cards))
+    (kept,) = ran(f"print({line(measured(verdict='PASS', value=1.0))!r})", monkeypatch)
+    assert kept.verdict == "PASS"
+    note = "1024 MiB of device memory were not given back, which may be theirs: the card is shared with trainer"
+    assert str(kept.extra["device_memory"]).startswith(note)
 
 
 # --- the command

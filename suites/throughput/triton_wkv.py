@@ -69,8 +69,8 @@ def _row(length: int, channels: int, device: Any, bar: float) -> bool:
     our_error = _off(raw, want)
     theirs = _fla(kt, vt, wt, ut) if find_spec("fla") else None
     fla_error = _off(theirs()[0], want) if theirs else float("nan")
-    our_time = _microseconds(ours) if our_error <= WRONG else float("nan")
-    fla_time = _microseconds(theirs) if theirs and fla_error <= WRONG else float("nan")
+    our_time = _median(ours) if our_error <= WRONG else float("nan")
+    fla_time = _median(theirs) if theirs and fla_error <= WRONG else float("nan")
     ratio = fla_time / our_time
     print(f"{length:>7}{our_time:>10.1f}{fla_time:>10.1f}{ratio:>8.2f}{our_error:>11.1e}{fla_error:>11.1e}")
     return our_error <= WRONG and (theirs is None or ratio >= bar)
@@ -99,8 +99,12 @@ def _fla(k: Any, v: Any, w: Any, u: Any) -> Callable[[], Any]:
     return lambda: fused_recurrent_rwkv4(w.log(), u, k[None], v[None], state)
 
 
-def _microseconds(run: Callable[[], Any]) -> float:
-    """Median time of a run by events, replayed from a graph where it can be captured."""
+def _median(run: Callable[[], Any]) -> float:
+    return statistics.median(microseconds([replayed(run)], _ROUNDS))
+
+
+def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work as a graph on the current device where it can be captured, warmed up."""
     import torch
 
     for _ in range(_WARMUP):
@@ -110,19 +114,25 @@ def _microseconds(run: Callable[[], Any]) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        replay: Callable[[], Any] = graph.replay
     except RuntimeError:  # somebody else's operator may allocate or synchronise
         torch.cuda.synchronize()
-        replay = run
+        return run
+    return graph.replay
+
+
+def microseconds(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Times by events on the current device, ``runs`` in turn."""
+    import torch
+
     times: list[float] = []
-    for _ in range(_ROUNDS):
+    for i in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        replay()
+        runs[i % len(runs)]()
         end.record()
         end.synchronize()
         times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times)
+    return times
 
 
 def _off(got: Any, want: np.ndarray) -> float:
