@@ -22,14 +22,15 @@ examples:
   rwkv-bench quality --model RWKV-4-169M.pth --text wiki.txt --tokens 16384
   rwkv-bench quality --model RWKV-4-169M.pth --data lambada_test.jsonl
   rwkv-bench quality --context 0         one run, state carried through
-  rwkv-bench quality --backend onnx --quant int4 --against rwkv.cpp:Q4_0
+  rwkv-bench quality --backend onnx --quant int4 --against numpy:Q4_0
 
 what is shown:
   KL       from the fp32 weights to the system, nat a token; of that
   weights  what storing the weights does, whoever computes
   kernel   how far the backend is from what those stored weights give
   against  KL less that of the cell that --against names, in % of it: no worse,
-           worse or undecided by the interval of that difference
+           worse or undecided (and why) by the interval of that difference;
+           rwkv.cpp:Q4_0 needs --library rwkv.cpp=FILE, a current rwkv.cpp
 Intervals are of 95 %, over blocks of the text; docs/quality.md says how.
 """
 
@@ -62,7 +63,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", metavar="FILE", help="bytes, world, pile or a file (default: beside the model)")
     group = parser.add_argument_group("compared with another cell, position by position")
     group.add_argument(
-        "--against", type=_against, metavar="BACKEND:SCHEME", help="a cell that is run first, such as rwkv.cpp:Q4_0"
+        "--against", type=_against, metavar="BACKEND:SCHEME", help="a cell that is run first, such as numpy:Q4_0"
     )
     group.add_argument("--no-worse", action="store_true", help="a cell whose divergence is worse than that one's fails")
     group.add_argument("--strict", action="store_true", help="with --no-worse: one that is undecided fails too")

@@ -16,7 +16,7 @@ ABOUT = ("text", "positions", "context", "blocks", "documents", "ids_sha256", "f
 #: Its parts with an interval of their own: key -> its number, beside ``interval``.
 PARTS = {"weights": "value", "kernel": "value", "against": "difference"}
 
-_NAMED = ("against_backend", "against_scheme", "against_value", "against_finding")
+_NAMED = ("against_backend", "against_scheme", "against_value", "against_finding", "against_why")
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -144,13 +144,19 @@ def _against(about: Mapping[str, Any] | None) -> str | None:
         return None
     difference, interval, other = about["difference"], about["interval"], about["value"]
     if difference is None:
-        return str(about["finding"])
+        return _found(about)
     if difference == 0 and interval in (None, [0, 0]):
         return "="
     if not other > _NOTHING:  # of nothing there are no per cent
-        return f"{difference:+.1g} {about['finding']}"
+        return f"{difference:+.1g} {_found(about)}"
     half = "" if interval is None else f" ±{_rounded(100 * (interval[1] - difference) / other)}"
-    return f"{_rounded(100 * difference / other, '+')}{half}% {about['finding']}"
+    return f"{_rounded(100 * difference / other, '+')}{half}% {_found(about)}"
+
+
+def _found(about: Mapping[str, Any]) -> str:
+    """``no worse``; ``undecided: 4 blocks of 8``. That an interval holds 0 is seen beside it, and the legend's."""
+    why = about.get("why")
+    return about["finding"] if why is None or about["interval"] is not None else f"{about['finding']}: {why}"
 
 
 def _rounded(value: float, sign: str = "") -> str:
@@ -186,7 +192,10 @@ def _passage(rows: Sequence[Row]) -> str:
 _LEGEND = (
     "KL from the fp32 weights, nat/token; weights: by how they are stored; kernel: by what the backend makes of them"
 )
-_PAIRED = "against: KL less that of {} on the same positions, in % of it; the word is by the 95 % interval"
+_PAIRED = (
+    "against: KL less that of {} on the same positions, in % of it; the word is by the 95 % interval, undecided where "
+    "that holds 0"
+)
 
 
 def _notes(cells: Sequence[Sequence[Row]]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from backends.index import load_backend
 from harness.estimate import probe
 from harness.models import model_config
-from harness.plan import Cell, Plan, Request, plan
+from harness.plan import Cell, Plan, Request, match_schemes, plan
 from harness.without_codec import has_codec
 from reference.config import count_parameters
 from reference.errors import InputError
@@ -56,7 +56,9 @@ def planned(request: Request, asked: Asked) -> Plan:
         return found
     backend, scheme = asked.against
     if scheme not in load_backend(backend).INFO.schemes and scheme in SCHEME_CLASSES:
-        raise InputError(f"--against {backend}:{scheme}: {scheme} is a class of schemes; name one of {backend}'s")
+        known = ", ".join(match_schemes((scheme,), load_backend(backend).INFO)[0])
+        which = f"name one of {backend}'s: {known}" if known else f"{backend} has none of it"
+        raise InputError(f"--against {backend}:{scheme}: {scheme} is a class of schemes; {which}")
     named = plan(replace(request, backends=(backend,), schemes=(scheme,)))
     firsts = {cell.model: cell for cell in reversed(named.cells)}
     cells: list[Cell] = []

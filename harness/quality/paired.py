@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.quality.intervals import Mean, mean
+from harness.quality.intervals import LEAST_BLOCKS, Mean, mean
 
 NO_WORSE, WORSE, UNDECIDED = "no worse", "worse", "undecided"
 
@@ -50,11 +50,22 @@ def finding(difference: Mean) -> str:
     return WORSE if low > ROUNDING else UNDECIDED
 
 
+def why(difference: Mean | None) -> str | None:
+    """What keeps a difference undecided; ``None`` where it is decided. ``difference``: ``None``, there is no figure."""
+    if difference is None:
+        return "no figures"
+    if finding(difference) != UNDECIDED:
+        return None
+    if difference.interval is None:
+        return f"{len(difference.blocks)} blocks of {LEAST_BLOCKS}"
+    return "its interval holds 0"
+
+
 def compared(kl: np.ndarray, against: Against, blocks: np.ndarray) -> dict[str, Any]:
     """For the ``quality`` of a row of divergence: the other cell, its divergence, the difference, what follows."""
     about: dict[str, Any] = {"backend": against.backend, "scheme": against.scheme}
     if against.kl is None:
-        return {**about, "value": None, "difference": None, "interval": None, "finding": UNDECIDED}
+        return {**about, "value": None, "difference": None, "interval": None, "finding": UNDECIDED, "why": why(None)}
     difference = paired(kl, against.kl, blocks)
     return {
         **about,
@@ -62,6 +73,7 @@ def compared(kl: np.ndarray, against: Against, blocks: np.ndarray) -> dict[str, 
         "difference": difference.value,
         "interval": None if difference.interval is None else list(difference.interval),
         "finding": finding(difference),
+        "why": why(difference),
     }
 
 

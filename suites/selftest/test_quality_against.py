@@ -64,7 +64,10 @@ def test_exit_status_by_what_is_asked(bench: Bench, small: str) -> None:
     assert bench(*words[1:], "--format", "json").code == 1
     few = ("--tokens", "128", "--context", "32", "--threads", "1")  # four blocks have no interval
     strict_argv = ("--model", small, "--backend", "numpy", "--quant", "Q4_0", *few, "--against", "numpy:q4f16_1")
-    assert bench("quality", *strict_argv, "--no-worse").code == 0
+    undecided = bench("quality", *strict_argv, "--no-worse")
+    assert undecided.code == 0
+    assert "undecided: 4 blocks of 8" in undecided.out
+    assert bench("quality", *strict_argv, "--format", "csv").out.count(",4 blocks of 8") == 1
     strict = bench("quality", *strict_argv, "--no-worse", "--strict")
     assert strict.code == 1
     assert "not shown to be no worse than numpy q4f16_1: too few blocks" in strict.out.replace("\n", " ")
@@ -86,7 +89,8 @@ def test_a_named_cell_without_figures_leaves_the_others_theirs(bench: Bench, sma
     done = bench(*argv, "--against", f"{late}:fp32", "--format", "json")
     assert done.code == 1  # NaN, in what was named
     about = comparisons(done)["numpy", "Q4_0"]
-    assert (about["difference"], about["finding"]) == (None, UNDECIDED)
+    assert (about["difference"], about["finding"], about["why"]) == (None, UNDECIDED, "no figures")
+    assert "undecided: no figures" in bench(*argv, "--against", f"{late}:fp32").out
 
 
 def test_what_is_named_and_not_to_be_had_is_3(bench: Bench, small: str) -> None:
@@ -134,7 +138,8 @@ def test_dry_run_has_the_named_cell(bench: Bench, state: Path) -> None:
         ("--against all:Q4_0", "is no one cell"),
         ("--against numpyy:Q4_0", "did you mean 'numpy'"),
         ("--against numpy:Q4_O", "did you mean 'Q4_0'"),
-        ("--against numpy:int4", "int4 is a class of schemes; name one"),
+        ("--against numpy:int4", "int4 is a class of schemes; name one of numpy's: q4f32_0, "),
+        ("--against torch:int4", "int4 is a class of schemes; torch has none of it"),
         ("--no-worse", "--no-worse needs --against"),
         ("--strict --against numpy:Q4_0", "--strict needs --no-worse"),
     ],

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from harness.quality.intervals import Mean, edges, positive
-from harness.quality.paired import NO_WORSE, UNDECIDED, WORSE, Against, compared, finding, paired, shortcoming
+from harness.quality.paired import (
+    NO_WORSE,
+    ROUNDING,
+    UNDECIDED,
+    WORSE,
+    Against,
+    compared,
+    finding,
+    paired,
+    shortcoming,
+    why,
+)
 
 POSITIONS, CONTEXT = 2048, 64
 BLOCKS = edges(POSITIONS, CONTEXT)
@@ -64,6 +75,11 @@ def test_the_other_way_round_it_is_the_opposite(one: np.ndarray, other: np.ndarr
         assert finding(back) == NO_WORSE
     if finding(there) == UNDECIDED:
         assert finding(back) == UNDECIDED
+        assert why(there) == "its interval holds 0"
+        low, high = interval(there)
+        assert low <= ROUNDING < high
+    else:
+        assert why(there) is None
 
 
 @given(some_kl, some_kl, some_kl)
