@@ -48,7 +48,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -> Outcome:
-    """The advice for each model on each machine. Raises InputError for files that cannot be read."""
+    """The advice for each model on each machine at each workload. Raises InputError for files that cannot be read."""
     from harness.outcome import Outcome
     from harness.status import NOT_AVAILABLE, PASSED
     from reports.cells import cells
@@ -103,25 +103,42 @@ def _table(advice: Advice, limits: Limits, aim: str) -> Table:
     from reports.tables import Table
 
     passed = [each for each in advice.candidates if each.cell.verdict == "PASS"]
-    lines = tuple(_line(each, advice) for each in passed)
-    header = ("", "backend", "scheme", "decode tok/s", "prefill tok/s", "memory", "KL", "frontier")
+    points = any(each.point for each in passed)
+    header = (
+        "",
+        "backend",
+        "scheme",
+        *(("at",) if points else ()),
+        "decode tok/s",
+        "prefill tok/s",
+        "memory",
+        "KL",
+        "frontier",
+    )
+    lines = tuple(_line(each, advice, points) for each in passed)
     best = advice.best
     verdict = "nothing meets the limits" if best is None else f"use {best.name}, best in {aim}"
     asked = _asked(limits)
-    title = f"{advice.model} on {advice.hardware}: {verdict}" + (f" ({asked})" if asked else "")
+    work = f", {advice.workload} tokens" if advice.workload else ""
+    title = f"{advice.model} on {advice.hardware}{work}: {verdict}" + (f" ({asked})" if asked else "")
     return Table(
-        title, header, lines, tuple(_notes(advice)), left=("", "backend", "scheme"), spare=("prefill tok/s", "frontier")
+        title,
+        header,
+        lines,
+        tuple(_notes(advice)),
+        left=("", "backend", "scheme", "at"),
+        spare=("prefill tok/s", "frontier"),
     )
 
 
-def _line(each: Candidate, advice: Advice) -> tuple[str, ...]:
+def _line(each: Candidate, advice: Advice, points: bool) -> tuple[str, ...]:
     from reports.recommend import size
     from reports.tables import small, speed
 
     row = each.cell.first
     mark = "best" if each is advice.best else "meets" if not each.why else "-"
     return (
-        *(mark, row.backend, row.scheme, speed(each.decode), speed(each.prefill)),
+        *(mark, row.backend, row.scheme, *((each.point,) if points else ()), speed(each.decode), speed(each.prefill)),
         "unknown" if each.memory is None else size(each.memory),
         "unknown" if each.kl is None or each.kl.value is None else small(each.kl.value),
         "yes" if each.on_frontier else "",
@@ -153,6 +170,7 @@ def _record(advice: Advice) -> dict[str, Any]:
     return {
         "hardware": advice.hardware,
         "model": advice.model,
+        "workload": advice.workload or None,
         "best": None if advice.best is None else _candidate(advice.best),
         "not_told_apart": [_candidate(each) for each in advice.alike],
         "frontier": [_candidate(each) for each in advice.candidates if each.on_frontier],

@@ -1,7 +1,8 @@
 """Which cell to use under limits of memory, speed and quality: what meets them, why the others do not, the frontier.
 
 A limit holds where the whole 95 % interval does. What is not known meets no limit and is named; nothing is assumed
-of a scheme or a backend that was not measured. A cell without a PASS verdict is never recommended, nor is one that
+of a scheme or a backend that was not measured. Speeds at different prompts or batches are not ranked against each
+other. A cell without a PASS verdict is never recommended, nor is one that
 failed, crashed or hung in a run as new as that which passed.
 """
 
@@ -40,18 +41,20 @@ class Candidate:
     kl: Row | None
     why: tuple[str, ...] = ()
     on_frontier: bool = False
+    point: str = ""
 
     @property
     def name(self) -> str:
-        """``onnx q4f16_1``, with threads and workload where they are known."""
+        """``onnx q4f16_1``, with threads and workload where these vary (``point``)."""
         row = self.cell.first
-        return f"{row.backend} {row.scheme}"
+        return f"{row.backend} {row.scheme}{self.point and f' ({self.point})'}"
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Of one model on one machine.
+    """Of one model on one machine, at one workload.
 
+    workload  ``256+64``, prompt and decode tokens, and the batch; empty where speeds of no more than one are known
     best      None where nothing meets the limits
     alike     others that meet them and whose intervals overlap with the best one's: not told apart from it
     aside     what the frontier is over, and how many cells it leaves aside because that is unknown of them
@@ -63,20 +66,60 @@ class Advice:
     alike: tuple[Candidate, ...]
     candidates: tuple[Candidate, ...]
     aside: str
+    workload: str = ""
 
 
 def recommend(cells: Sequence[Cell], limits: Limits, aim: str = "decode") -> list[Advice]:
-    """Advice for each model on each machine, in the order of the cells. What nobody ran (claims) is no candidate."""
+    """Advice for each model on each machine at each workload, in the order of the cells.
+
+    What nobody ran (claims) is no candidate.
+    """
     run = [cell for cell in cells if cell.first.kind in ("measured", "recorded")]
     places = dict.fromkeys((cell.hardware, cell.first.model) for cell in run)
-    return [
-        _advice(hardware, model, [c for c in run if (c.hardware, c.first.model) == (hardware, model)], limits, aim)
-        for hardware, model in places
+    found = []
+    for hardware, model in places:
+        there = [c for c in run if (c.hardware, c.first.model) == (hardware, model)]
+        for workload, own in _by_workload(there):
+            found.append(replace(_advice(hardware, model, own, there, limits, aim), workload=workload))
+    return found
+
+
+def _by_workload(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
+    """Cells by the workload of their speeds. One without speeds stands with its workload, or with each where it has
+    none of these."""
+    timed = [cell for cell in cells if cell.speed("decode") is not None or cell.speed("prefill") is not None]
+    names = dict.fromkeys(workload_of(cell) for cell in timed)
+    if len(names) < 2:
+        return [("", list(cells))]
+    return [(name, [c for c in cells if workload_of(c) == name or workload_of(c) not in names]) for name in names]
+
+
+def workload_of(cell: Cell) -> str:
+    """``256+64``: prompt and decode tokens, and ``×8`` for a batch of 8; empty where it is not known."""
+    work = cell.first.workload
+    if work is None:
+        return ""
+    return f"{work.prompt_tokens}+{work.decode_tokens}" + (f"×{work.batch}" if work.batch > 1 else "")
+
+
+def _points(cells: Sequence[Cell]) -> list[str]:
+    """What tells cells of one backend and scheme apart, as far as that varies: ``2 threads, 256+64``."""
+    kinds = [
+        ["" if (n := cell.first.threads) is None else f"{n} thread{'s' * (n != 1)}" for cell in cells],
+        [workload_of(cell) for cell in cells],
     ]
+    varying = [kind for kind in kinds if len(set(filter(None, kind))) > 1]
+    return [", ".join(filter(None, (kind[i] for kind in varying))) for i in range(len(cells))]
 
 
-def _advice(hardware: str, model: str, cells: Sequence[Cell], limits: Limits, aim: str) -> Advice:
-    found = [_candidate(cell, cells, limits, aim) for cell in cells]
+def _advice(
+    hardware: str, model: str, cells: Sequence[Cell], there: Sequence[Cell], limits: Limits, aim: str
+) -> Advice:
+    """``there``: all cells of that model and machine, whose failures count."""
+    points = _points(cells)
+    found = [
+        replace(_candidate(cell, there, limits, aim), point=point) for cell, point in zip(cells, points, strict=True)
+    ]
     found, aside = _frontier(found)
     meeting = sorted((each for each in found if not each.why), key=lambda each: _merit(each, aim), reverse=True)
     best = meeting[0] if meeting else None
@@ -99,7 +142,7 @@ def _candidate(cell: Cell, cells: Sequence[Cell], limits: Limits, aim: str) -> C
 def memory_of(cell: Cell) -> int | None:
     """Peak of host and device together, and never less than the weights that a step reads; None if not measured.
 
-    A process that reuses freed memory grows by less than its weights take.
+    A row that an older version measured in a process with others may have grown by less; now it has no peak.
     """
     peak = max((row.peak_bytes for row in cell.rows if row.peak_bytes is not None), default=None)
     device = max((found for row in cell.rows if (found := device_bytes(row)) is not None), default=None)

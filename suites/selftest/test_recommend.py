@@ -178,6 +178,39 @@ class TestFrontier:
         assert [each.name for each in found.alike] == ["torch fp32"]
 
 
+class TestWorkloads:
+    def test_prompts_and_batches_are_not_ranked_against_each_other(self) -> None:
+        works = (Workload(64, 16), Workload(512, 16), Workload(64, 16, 8))
+        rows = [
+            row for i, work in enumerate(works) for row in made("fp16", 50.0 * (i + 1), workload=work, run=i, kl=None)
+        ]
+        rows += [*made("fp32", 70.0, workload=works[0], run=9, kl=None), refused("ncnn")]
+        found = recommend(cells(rows), Limits())
+        assert [(it.workload, it.best and it.best.name) for it in found] == [
+            ("64+16", "torch fp32"),
+            ("512+16", "torch fp16"),
+            ("64+16×8", "torch fp16"),
+        ]
+        assert all(any("ncnn" in each.name for each in it.candidates) for it in found)
+
+    def test_threads_are_ranked_and_named(self) -> None:
+        found = only([*made("fp16", 50.0, threads=1, kl=None), *made("fp16", 80.0, threads=4, run=1, kl=None)])
+        assert [each.name for each in found.candidates] == ["torch fp16 (4 threads)", "torch fp16 (1 thread)"]
+
+    def test_a_table_for_each(self, bench: Bench, tmp_path: Path) -> None:
+        rows = [
+            row
+            for i, threads in enumerate((1, 4))
+            for tokens in (64, 512)
+            for row in made("fp16", 50.0, workload=Workload(tokens, 16), threads=threads, run=i, kl=None)
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(map(line, rows)))
+        text = bench("recommend", str(tmp_path / "rows.jsonl")).out
+        assert "169m on cpu, 64+16 tokens: use torch fp16 (" in text
+        assert "169m on cpu, 512+16 tokens: use torch fp16 (" in text
+        assert "4 threads" in text
+
+
 class TestCommand:
     def store(self, tmp_path: Path, rows: Sequence[Row]) -> str:
         path = tmp_path / "rows.jsonl"
