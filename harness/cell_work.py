@@ -69,6 +69,7 @@ class CellWork:
     """One cell. ``metric`` is what a row would be about, should it end now; ``ended``: nothing is left to do.
 
     company  whether other cells are loaded at the same time: in one process, their memory would count as this one's
+    shares   whether, if it has no process of its own, others were loaded in this one before
     """
 
     cell: Cell
@@ -79,6 +80,7 @@ class CellWork:
     metric: str = "load"
     ended: bool = False
     company: bool = False
+    shares: bool = False
     blocks: dict[str, Blocks] = field(default_factory=dict)
     _reported: set[str] = field(default_factory=set)
     _loads: int = 0
@@ -167,7 +169,8 @@ class CellWork:
         now, found = self._loaded(), self._of(what)
         self._phase(what, f"{what}, checking")
         samples = now.opened.meter.end(what)
-        peak = now.peak if self.company and not now.opened.isolated else now.opened.meter.peak_bytes()
+        watched = self.company and not now.opened.isolated
+        peak = now.peak if watched else self._own(now.opened, now.opened.meter.peak_bytes())
         session, truth = now.opened.session, now.truth
         if what == PREFILL:
             bad = first_bad(prefill_checks(session, truth, samples))
@@ -227,7 +230,7 @@ class CellWork:
         if job.sampling is not None:
             self._phase("first_call", "first call")
             first = opened.meter.first_call(timed)
-        load_peak = opened.meter.peak_bytes()
+        load_peak = self._own(opened, opened.meter.peak_bytes())
         self._phase("parity", "deriving the bound")
         known = has_codec(cell.scheme)
         truth = truth_for(session, model.weights, cell.scheme, opened.arithmetic, prompt[:GATE_TOKENS], model.sha256)
@@ -252,7 +255,18 @@ class CellWork:
             return
         if self.company and not opened.isolated:
             session.forward(timed, None)  # as prefill does; the gate has taken single steps
-        self._now = _Loaded(opened, base, truth, timed, opened.meter.peak_bytes())
+        self._now = _Loaded(opened, base, truth, timed, self._own(opened, opened.meter.peak_bytes()))
+
+    def _own(self, opened: Opened, growth: int | None) -> int | None:
+        """A process's growth as this session's peak memory; ``None`` where it is not that.
+
+        Where others were loaded before, memory that they freed is taken again and their libraries do not count:
+        what grew by less than the weights is certainly not what the session holds.
+        """
+        if opened.isolated or not (self.shares or self._loads > 1):
+            return growth
+        weights = self._base.weight_bytes if self._base is not None else None
+        return growth if growth is not None and weights is not None and growth >= weights else None
 
     def _gate(self, opened: Opened, truth: Truth, timed: Sequence[int], first: Samples | None) -> Gate:
         """The gate, the timed length, and what the first call gave."""

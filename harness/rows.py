@@ -66,7 +66,8 @@ class Row:
     percentiles      decode by ``loop``: p50, p90 and p99 of a step, in seconds
     sampling         what measuring was asked for (:class:`harness.samples.Sampling`)
     session          names what was asked of a cell and by which code, for ``--resume`` (:mod:`harness.resume`)
-    peak_bytes       growth of resident memory since before load (:mod:`harness.memory`)
+    peak_bytes       growth of resident memory since before load (:mod:`harness.memory`); null for a cell whose process
+                     had loaded others before and grew by less than its weights
     error, bound     parity: the error that is largest against its bound, and what it may be
     statistic        parity: which error that is, such as ``worst position`` (:mod:`harness.tolerance`)
     first_bad        parity, quality: any JSON value that says where

@@ -48,12 +48,15 @@ def run(plan: Plan, job: Job, emit: Emit, tell: Tell) -> None:
     """Run every cell. Whatever one cell does, the others run; only Ctrl-C goes through, after what was measured."""
     for refusal in plan.refused:
         emit(refused_row(refusal, job), refusal.by_name)
+    first = next((cell for cell in plan.cells if not _has_own_process(cell, job)), None)
     for name in dict.fromkeys(cell.model for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.model == name]
         tell(cells[0], "opening the model")
         gc.collect()  # one model at a time: two 7B checkpoints do not fit
         model = open_model(name, job.request.seed)
         works = [_work(cell, model, job, emit, tell) for cell in cells]
+        for work in works:
+            work.shares = work.cell != first
         try:
             _all_of_a_model(works, model, job)
         except KeyboardInterrupt:
@@ -64,6 +67,10 @@ def run(plan: Plan, job: Job, emit: Emit, tell: Tell) -> None:
 
 def _work(cell: Cell, model: Model, job: Job, emit: Emit, tell: Tell) -> CellWork:
     return CellWork(cell, model, job, partial(_emit_named, emit, job.request.explicit), partial(tell, cell))
+
+
+def _has_own_process(cell: Cell, job: Job) -> bool:
+    return cell.hardware.host is not None or runs_apart(cell.backend, job.request)
 
 
 def _emit_named(emit: Emit, named: bool, row: Row) -> None:

@@ -13,6 +13,7 @@ from reports.claims import columns, notes
 from reports.digits import number as number
 from reports.digits import seconds
 from reports.digits import small as small
+from reports.measuring_notes import half_width, measuring_notes, percent, precision_notes
 from reports.speed_extras import ROOFLINE, SLOW_STEP, extra_columns, extra_notes
 from reports.sweep_table import SweepLines, sweep_lines
 
@@ -71,7 +72,12 @@ def speed_table(rows: Sequence[Row]) -> Table:
         (*(shared_key(group, key) for key in keys), *_figures(group, timed), *(texts[i] for texts in more.values()))
         for i, group in enumerate(cells)
     ]
-    return Table(title_of(rows, shared), (*header, *more), tuple(lines), (*extra_notes(cells), *_notes(cells)))
+    return Table(
+        title_of(rows, shared),
+        (*header, *more),
+        tuple(lines),
+        (*extra_notes(cells), *measuring_notes(cells), *_notes(cells)),
+    )
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -102,7 +108,8 @@ def sweep_table(rows: Sequence[Row], sweep: SweepLines) -> Table:
     if sweep.axis == "threads":
         shared.pop("threads", None)
     title = f"{title_of([row for row in rows if row.metric == 'load'], shared)} · sweep over {sweep.axis}"
-    return Table(title, sweep.header, sweep.lines, (*sweep.notes, *_notes(cells)), (*_LEFT, "tok/s"))
+    noted = (*sweep.notes, *precision_notes(cells), *_notes(cells))
+    return Table(title, sweep.header, sweep.lines, noted, (*_LEFT, "tok/s"))
 
 
 def claims_table(rows: Sequence[Row], title: str) -> Table:
@@ -264,10 +271,8 @@ def speed(row: Row | None) -> str:
     if row is None or row.value is None:
         return "" if row is None else str(row.verdict)
     text = number(row.value)
-    if row.interval is None:
-        return text
-    half = max(row.interval[1] - row.value, row.value - row.interval[0]) / row.value
-    return f"{text} ±{100 * half:.0f}%" if half >= 0.005 else f"{text} ±{100 * half:.1f}%"
+    half = half_width(row)
+    return text if half is None else f"{text} {percent(half)}%"
 
 
 def _bytes(value: int) -> str:
