@@ -369,6 +369,7 @@ def localize(arguments: Namespace) -> int:
     from harness.status import CRASHED
 
     command = command_file("localize")
+    _check_files(arguments.output, arguments.heat_map)
     with LiveLine(sys.stderr) as line:
         try:
             found = command.run(arguments, line.show, output_format(arguments))
@@ -379,6 +380,8 @@ def localize(arguments: Namespace) -> int:
         from reports.heatmap import draw
 
         draw(arguments.heat_map, found.title, found.grid)
+    for text in found.said:
+        say(text)
     code: int = found.code
     return code
 
@@ -387,11 +390,21 @@ def headroom(arguments: Namespace) -> int:
     """``headroom``: the document to stdout."""
     from harness.live import LiveLine
 
+    _check_files(arguments.output)
     with LiveLine(sys.stderr) as line:
         text, code = command_file("headroom").run(arguments, line.show, output_format(arguments))
     _deliver(text, arguments.output)
     found: int = code
     return found
+
+
+def _check_files(*paths: str | None) -> None:
+    """Raise StoreError now for a file that could not be written after the work."""
+    from harness.collect import store_path
+    from reports.output import check_output
+
+    for path in paths:
+        check_output(path, store_path(None, make=False))
 
 
 def _rows(count: int) -> str:

@@ -66,10 +66,9 @@ def run(arguments: argparse.Namespace, say: Say, kind: str) -> tuple[str, int]:
 
     from harness.headroom import find
     from harness.models import open_model
-    from reference.schemes import codec_of
 
     _check(arguments)
-    codec_of(arguments.quant)
+    arguments.quant = _scheme(arguments.quant)
     model = open_model(arguments.model, arguments.seed)
     tokens = _tokens(model, arguments)
     with threadpool_limits(arguments.threads, user_api="blas"):
@@ -92,6 +91,19 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name} is {value}; at least 1 is needed")
     if arguments.seed < 0:
         raise InputError(f"--seed is {arguments.seed}; 0 or more is needed")
+
+
+def _scheme(name: str) -> str:
+    """A scheme whose weights are known here, or the only such one of a class. Raises InputError."""
+    from reference.schemes import SCHEME_CLASSES, SCHEMES, codec_of, scheme_names
+
+    if name not in SCHEME_CLASSES or name in SCHEMES:
+        codec_of(name)
+        return name
+    known = [scheme for scheme in scheme_names(name) if SCHEMES[scheme].codec is not None]
+    if len(known) != 1:
+        raise InputError(f"--quant {name} is a class of schemes; give one of {', '.join(known)}")
+    return known[0]
 
 
 def _tokens(model: Model, arguments: argparse.Namespace) -> list[int]:

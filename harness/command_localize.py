@@ -39,6 +39,9 @@ runs in a process of its own, so that one that crashes loses nothing.
 
 FORMATS = ("table", "json")
 
+#: Endings of ``--heat-map``.
+PICTURES = (".png", ".svg", ".pdf")
+
 #: Length of the prompt where none is given; the bound needs at least 32 positions.
 DEFAULT_TOKENS = 48
 
@@ -73,12 +76,13 @@ class Broke(Exception):
 
 
 class Report(NamedTuple):
-    """What the command gives: the document of ``--format``, the exit status, and what a picture is drawn of."""
+    """The document of ``--format``, the exit status, what a picture is drawn of, and lines for stderr."""
 
     document: str
     code: int
     title: str
     grid: Grid | None
+    said: tuple[str, ...] = ()
 
 
 def run(arguments: argparse.Namespace, say: Say, kind: str) -> Report:
@@ -98,7 +102,9 @@ def run(arguments: argparse.Namespace, say: Say, kind: str) -> Report:
     about = {**_about(cell, model), "prompt_tokens": len(tokens)}
     document = as_json(finding, about) if kind == "json" else as_text(finding, about, _text(model, finding.prompt))
     title = f"{cell.backend} {cell.scheme}, {model.name}: {finding.verdict}"
-    return Report(document, PASSED if finding.verdict == "clean" else FAILED, title, grid(finding.history))
+    drawn = grid(finding.history)
+    said = (f"no picture: {finding.method} shows no operations",) if arguments.heat_map and drawn is None else ()
+    return Report(document, PASSED if finding.verdict == "clean" else FAILED, title, drawn, said)
 
 
 def _localized(cell: Cell, model: Model, tokens: list[int], arguments: argparse.Namespace, say: Say) -> Finding:
@@ -176,12 +182,23 @@ def _check(arguments: argparse.Namespace, kind: str) -> None:
 
     if kind not in FORMATS:
         raise InputError(f"localize has --format {' or '.join(FORMATS)}, not {kind}")
+    _check_together(arguments)
     if arguments.heat_map and find_spec("matplotlib") is None:
         raise Unavailable("--heat-map needs matplotlib, which is not installed", "pip install matplotlib")
     for name, least in (("threads", 1), ("prompt_tokens", 1), ("drift", 2), ("seed", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}; at least {least} is needed")
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    """What ``--drift`` would ignore, and a picture of an unknown kind. Raises InputError."""
+    ignored = {"heat_map": "draws no picture", "method": "has one method", "prompt_tokens": "says how many tokens"}
+    for name, why in ignored.items() if arguments.drift is not None else ():
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--drift {why}; leave out --{name.replace('_', '-')}")
+    if arguments.heat_map is not None and not arguments.heat_map.lower().endswith(PICTURES):
+        raise InputError(f"--heat-map {arguments.heat_map}: give a file that ends in {', '.join(PICTURES)}")
 
 
 def _tokens(model: Model, arguments: argparse.Namespace) -> list[int]:

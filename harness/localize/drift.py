@@ -15,6 +15,7 @@ a channel with a long memory is rounded at every token.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ from harness.checks import call, problem
 from harness.compare import logits_error, state_error
 from harness.localize.bad_weights import bad_weights
 from harness.localize.finding import BAD_WEIGHTS
+from harness.localize.report import WIDTH
 from harness.tolerance import K, Truth, derive
 from reference.forward import forward
 from reference.numerics import Arithmetic
@@ -116,10 +118,11 @@ class Drift:
         return self.verdict == BOUNDED
 
     def text(self) -> str:
-        """A few lines for people."""
+        """A few lines of at most 80 columns for people."""
         if self.problem or self.weights:
-            return f"drift: {self.weights or self.problem}"
-        return "\n".join([f"drift over {self.positions} tokens: {self.verdict}", *map(_line, self.curves)])
+            return textwrap.fill(f"drift: {self.weights or self.problem}", WIDTH)
+        lines = [line for curve in self.curves for line in _lines(curve)]
+        return "\n".join([f"drift over {self.positions} tokens: {self.verdict}", *lines])
 
 
 def drift(
@@ -246,13 +249,20 @@ def fitted(positions: np.ndarray, error: np.ndarray) -> tuple[float, float, floa
     return slope, slope - half, slope + half
 
 
-def _line(curve: Curve) -> str:
-    (s, low, high), (own, _, own_high) = curve.exponent, curve.arithmetic
+def _lines(curve: Curve) -> list[str]:
     where = "inside its bound" if curve.beyond is None else f"beyond its bound from position {curve.beyond} on"
     text = (
-        f"  {curve.name}: {curve.verdict}; error {curve.error[-1]:.2e} at {curve.positions[-1]},"
-        f" bound {curve.bound[-1]:.2e}, {where}; grows as position^{s:.2f} ({low:.2f} to {high:.2f}),"
-        f" the arithmetic's own as position^{own:.2f} (up to {own_high:.2f})"
+        f"{curve.name}: {curve.verdict}; error {curve.error[-1]:.2e} at {curve.positions[-1]},"
+        f" bound {curve.bound[-1]:.2e}, {where}; {_growth(curve)}"
     )
     leaves = curve.leaves()
-    return text if leaves is None else f"{text}; would leave its bound near position {leaves:.0f}"
+    text += "" if leaves is None else f"; would leave its bound near position {leaves:.0f}"
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+
+
+def _growth(curve: Curve) -> str:
+    (s, low, high), (own, _, own_high) = curve.exponent, curve.arithmetic
+    if math.isnan(s):
+        return "too few positions for a slope"
+    text = f"grows as position^{s:.2f} ({low:.2f} to {high:.2f})"
+    return text if math.isnan(own) else f"{text}, the arithmetic's own as position^{own:.2f} (up to {own_high:.2f})"

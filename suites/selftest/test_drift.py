@@ -71,7 +71,7 @@ def test_a_correct_backend_is_bounded(arithmetic: Arithmetic) -> None:
     assert found.verdict == BOUNDED, found.text()
     assert [curve.name for curve in found.curves] == ["logits", "state", "worst state row"]
     assert found.passed
-    assert "inside its bound" in found.text()
+    assert "inside its bound" in " ".join(found.text().split())
 
 
 def test_an_error_that_adds_up_grows_without_limit() -> None:
@@ -167,5 +167,16 @@ def test_it_foresees_where_a_growing_error_leaves_its_bound() -> None:
     assert growing.leaves() == pytest.approx(10_000)
     assert curve([0.1, 0.1], (0.0, -0.1, 0.1)).leaves() is None
     assert curve([0.1, float("nan")], (0.0, -0.1, 0.1)).beyond == 1000
-    assert "near position 10000" in Drift(1000, (growing,)).text()
+    assert "near position 10000" in " ".join(Drift(1000, (growing,)).text().split())
     assert not Drift(0, ()).passed
+
+
+def test_too_few_positions_have_no_slope_and_lines_fit_a_terminal() -> None:
+    nan = (float("nan"),) * 3
+    short = Curve("worst state row", np.array([2]), np.array([1e-7]), np.array([1e-4]), nan, nan)
+    told = Drift(2, (short,)).text()
+    assert "too few positions for a slope" in " ".join(told.split())
+    assert "nan" not in told
+    whole = Drift(1000, (curve([0.01, 0.1], (1.0, 0.9, 1.1)), short)).text()
+    assert max(map(len, whole.splitlines())) <= 80
+    assert max(map(len, Drift(9, (), "logits are NaN " * 9).text().splitlines())) <= 80

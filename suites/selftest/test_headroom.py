@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from reference.numerics import Arithmetic
 from reference.synthetic import synthetic
 from reference.weights import Tensor, Weights
 from suites.nan.planted import IN_BLOCK, SUMS, plant, scaled
+from suites.selftest.conftest import Done
 
 CONFIG = Config(n_layer=4, n_embd=64, n_ffn=256, n_vocab=256)
 WEIGHTS = synthetic(CONFIG, 5)
@@ -197,12 +199,27 @@ def test_a_text_is_read(tmp_path: Path) -> None:
         (("--rescale-every", "0"), "at least 1"),
         (("--tokens", "0"), "at least 1"),
         (("--quant", "fp61"), "no scheme"),
+        (("--quant", "int4"), "int4 is a class of schemes; give one of .*q4f16_1.*Q4_0"),
         (("--seed", "-1"), "0 or more"),
     ],
 )
 def test_bad_options(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         told("table", *words)
+
+
+def test_a_class_of_one_scheme_means_that_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reference.schemes.scheme_names", lambda scheme_class: ["fp16"])
+    assert json.loads(told("json", "--tokens", "8", "--quant", "int4")[0])["scheme"] == "fp16"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    bench: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_headroom, "run", lambda *_: pytest.fail("it ran"))
+    done = bench("headroom", "--output", str(tmp_path / "none" / "x.txt"))
+    assert (done.code, done.out) == (2, "")
+    assert "does not exist" in done.err
 
 
 def test_zeros_have_all_the_room_there_is() -> None:

@@ -399,10 +399,25 @@ def test_the_command(bench: Callable[..., Done], small: str) -> None:
         (("--backend", "faulty", "--device", "clean", "--method", "trace"), "it shows no trace points", 3),
         (("--backend", "faulty", "--device", "exception"), "kernel launch failed", 4),
         (("--prompt", "x"), "--backend", 2),
+        (("--backend", "numpy", "--heat-map", "x.txt"), "ends in .png, .svg, .pdf", 2),
+        (("--backend", "numpy", "--heat-map", "none/x.png"), "does not exist", 2),
+        (("--backend", "numpy", "--output", "none/x.txt"), "does not exist", 2),
+        (("--backend", "numpy", "--drift", "9", "--heat-map", "x.png"), "leave out --heat-map", 2),
+        (("--backend", "numpy", "--drift", "9", "--method", "state"), "leave out --method", 2),
+        (("--backend", "numpy", "--drift", "9", "--prompt-tokens", "9"), "leave out --prompt-tokens", 2),
     ):
         done = bench(*base, *argv)
         assert (done.code, done.out) == (code, ""), done
         assert words in done.err
+
+
+def test_no_picture_of_what_shows_no_operations(bench: Callable[..., Done], small: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="not installed: pip install matplotlib")
+    picture = tmp_path / "where.png"
+    argv = ("--backend", "faulty", "--device", "inf", "--no-fix", "--heat-map", str(picture))
+    done = bench("localize", "--model", small, "--in-process", "--threads", "1", "--method", "truncation", *argv)
+    assert "no picture: logits shows no operations" in done.err
+    assert not picture.exists()
 
 
 DIES = """
