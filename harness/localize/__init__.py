@@ -21,7 +21,7 @@ from harness.localize.bad_weights import bad_weights
 from harness.localize.by_layers import layered
 from harness.localize.case import Case, Located
 from harness.localize.evidence import Opener
-from harness.localize.finding import CLEAN, LOGITS, NON_FINITE, STATE, TRACE, TRUNCATION, Finding, Fix, Seen
+from harness.localize.finding import CLEAN, LOGITS, NON_FINITE, STATE, TRACE, TRUNCATION, Finding, Seen
 from harness.localize.held import Held, from_backend
 from harness.localize.off import rms
 from harness.localize.prompt import shortest
@@ -86,7 +86,7 @@ def localize(
         prompt, stopped = _prompt(case, held, judged, found.finding)
     finding = replace(found.finding, prompt=prompt, prompt_stopped=stopped)
     finding = replace(finding, cause=found.cause) if found.cause else _explained(case, found, finding)
-    return replace(finding, fix=_fix(case, finding, found) if fix else None)
+    return _fixed(case, finding, found) if fix else finding
 
 
 def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located | Finding:
@@ -174,8 +174,11 @@ def _explained(case: Case, found: Located, finding: Finding) -> Finding:
     return replace(finding, point=point, layer=layer, span=(), notes=(*finding.notes, note))
 
 
-def _fix(case: Case, finding: Finding, found: Located) -> Fix | None:
+def _fixed(case: Case, finding: Finding, found: Located) -> Finding:
+    """With a fix, or with what was tried for one."""
     from harness.localize.fix import find_fix
 
     case.tell("a fix")
-    return find_fix(finding, found.evidence, case.opener, case.tell)
+    search = find_fix(finding, found.evidence, case.opener, case.tell)
+    notes = (*finding.notes, *(f"as a fix, {tried}" for tried in search.tries))
+    return replace(finding, fix=search.fix, no_fix=search.none, notes=notes)

@@ -76,6 +76,7 @@ class Finding:
     history     on the way there, in execution order
     prompt      the shortest failing one that was found: none of its tokens can be left out, unless ``prompt_stopped``
                 tells what ended the search (``12 s``)
+    no_fix      where a fix was looked for and none was found: that, and what was tried
     watched     what watching did: ``same`` to the bit, ``differs``, or ``hidden`` (the fault is gone when watched);
                 empty where nothing was watched
     notes       what the reader must know besides: a method that was not available and why, what was not reached
@@ -92,6 +93,7 @@ class Finding:
     bound: float | None = None
     history: tuple[Seen, ...] = ()
     fix: Fix | None = None
+    no_fix: str = ""
     span: tuple[str, ...] = ()
     prompt: tuple[int, ...] = ()
     prompt_stopped: str = ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from backends.api import Unavailable, Unsupported
@@ -37,8 +38,8 @@ from reference.weights import Weights
 
 Tell = Callable[[str], None]
 
-#: ``rescale_every`` as ChatRWKV has it.
-RESCALE_EVERY = 6
+#: ``rescale_every`` that is tried: as ChatRWKV has it, and less.
+RESCALES = (6, 4, 3, 2, 1)
 
 #: Real sessions that are opened and judged before the search ends.
 _MOST_TRIED = 5
@@ -65,21 +66,33 @@ class Change:
     confirmed: Outcome | None = None
 
 
-def find_fix(
-    finding: Finding, evidence: Evidence, opener: Opener | Bench, tell: Tell = lambda text: None
-) -> Fix | None:
-    """Try changes until one restores parity; ``None`` where nothing was wrong or nothing helps.
+@dataclass(frozen=True)
+class Search:
+    """What the search for a fix came to.
+
+    fix    ``None`` where nothing was wrong or nothing helped
+    none   in words, that none was found and what was tried; empty where there is a fix or nothing was wrong
+    tries  what became of each try where none was found
+    """
+
+    fix: Fix | None = None
+    none: str = ""
+    tries: tuple[str, ...] = ()
+
+
+def find_fix(finding: Finding, evidence: Evidence, opener: Opener | Bench, tell: Tell = lambda text: None) -> Search:
+    """Try changes until one restores parity.
 
     ``opener``: a :class:`Bench` can be opened with another scheme or arithmetic and is timed; any other only over
     another checkpoint.
     """
     if finding.verdict == CLEAN or evidence.stored.non_finite or evidence.original.non_finite:
-        return None
+        return Search()
     seen: Fix | None = None
+    tried: list[str] = []
     notes: list[str] = []
-    for tried, change in enumerate(changes(finding, evidence, opener, tell)):
-        if tried == _MOST_TRIED:
-            break
+    for change in islice(changes(finding, evidence, opener, tell), _MOST_TRIED):
+        tried.append(change.what)
         try:
             if change.change and not (isinstance(opener, Bench) and opener.adjustable):
                 raise Unsupported("the backend's arithmetic cannot be changed from here")
@@ -91,9 +104,21 @@ def find_fix(
                 seen = Fix(change.what, False)
             continue
         if judged.passed:
-            return Fix(change.what, True, spent, "; ".join([*notes, *_how_surely(truth)]))
+            return Search(Fix(change.what, True, spent, "; ".join([*notes, *_how_surely(truth)])))
         notes.append(f"{change.what}: {judged.first_bad}")
-    return seen and replace(seen, note="only emulated; " + "; ".join(notes))
+    if seen is not None:
+        return Search(replace(seen, note="only emulated; " + "; ".join(notes)))
+    return Search(None, f"none found; tried: {'; '.join(tried)}" if tried else _nothing_to_try(opener), tuple(notes))
+
+
+def _nothing_to_try(opener: Opener | Bench) -> str:
+    """What the backend would need for a fix to be tried."""
+    if not isinstance(opener, Bench):
+        return "nothing to try: nothing overflows, and the backend can be opened over other weights only"
+    more = len(opener.schemes) > 1
+    schemes = "no other scheme of the backend holds the values" if more else "the backend has one scheme"
+    adjusted = "no operation to adjust is known" if opener.adjustable else "cannot be adjusted"
+    return f"nothing to try: {schemes} and {adjusted}"
 
 
 def changes(finding: Finding, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> Iterator[Change]:
@@ -118,8 +143,10 @@ def _against_overflow(
     """For a backend with ``adjust``, or in emulation alone: the smallest set in fp32, and rescaling where it helps."""
     stored, tokens = evidence.stored, evidence.tokens
     plain = dict(excess(peaks, usual, stored.config))
-    halved = excess(peaks, Mixed(usual, (), RESCALE_EVERY), stored.config)
-    options = [0, *([RESCALE_EVERY] if set(halved) < set(plain) else [])]
+    left = {n: excess(peaks, Mixed(usual, (), n), stored.config) for n in RESCALES}
+    every = min(RESCALES, key=lambda n: len(left[n]))  # of equals the largest: it rounds least
+    halved = left[every]
+    options = [0, *([every] if set(halved) < set(plain) else [])]
     for n in sorted(options, reverse=not halved):  # halving alone is cheaper than float32 anywhere
         keep, outcome = smallest_set(stored, tokens, usual, peaks, n, tell)
         if not outcome.finite:

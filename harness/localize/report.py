@@ -50,6 +50,7 @@ def as_json(finding: Finding, about: Mapping[str, Any]) -> str:
         "watched": finding.watched or None,
         "notes": list(finding.notes),
         "fix": None if finding.fix is None else asdict(finding.fix),
+        "no_fix": finding.no_fix or None,
         **about,
     }
     return plain_json(document)
@@ -121,7 +122,7 @@ def _prompt(finding: Finding, text: str) -> str:
 
 def _fix(finding: Finding) -> list[str]:
     if finding.fix is None:
-        return []
+        return _field("fix", finding.no_fix) if finding.no_fix else []
     fix = finding.fix
     seen = "verified on the backend" if fix.verified else "not verified on the backend, by emulation only"
     text = f"{fix.what} ({seen})"

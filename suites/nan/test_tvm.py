@@ -17,11 +17,8 @@ from harness.isolation import start
 from harness.localize import localize
 from harness.localize.bench import Bench
 from harness.localize.finding import CLEAN, NON_FINITE, TRACE
-from harness.parity import gate
-from harness.tolerance import derive
 from reference.checkpoint import save_checkpoint
 from reference.config import Config
-from reference.mixed import Mixed
 from reference.synthetic import synthetic
 from suites.nan import vm_instrument
 from suites.nan.instrument import counts
@@ -115,18 +112,15 @@ def test_what_a_fused_kernel_holds_is_no_fault() -> None:
     assert (found.verdict, found.fix) == (CLEAN, None)
 
 
-def test_a_stream_that_overflows_is_halved_by_another_library(python: Path) -> None:
-    """``adjust`` compiles with ``rescale_every``: the planted checkpoint is then judged right; fp32 is refused."""
+@pytest.mark.usefixtures("python")
+def test_a_stream_that_overflows_is_halved_by_another_library() -> None:
+    """Localize chooses how often; ``adjust`` compiles with it, and the planted checkpoint is judged right."""
     planted, point = plant(WEIGHTS, TOKENS, "att.residual", 2)
-    change = {"rescale_every": 1}
-    mixed = Mixed(tvm_mlc.INFO.schemes[SCHEME], (), 1)
-    truth = derive(planted, SCHEME, mixed, TOKENS)
     bench = Bench("tvm", SCHEME, threads=1)
-    assert bench.adjustable
-    with bench(planted) as session:
-        assert not gate(session, truth).passed
-    with bench.open(planted, change=change) as opened:
-        judged = gate(opened.session, truth)
-        assert judged.passed, f"{point}: {judged.first_bad}"
+    found = localize(bench, planted, SCHEME, bench.schemes[SCHEME], TOKENS)
+    assert (found.verdict, found.point) == (NON_FINITE, point)
+    assert found.fix is not None
+    assert found.fix.verified, found.fix
+    assert found.fix.what.startswith("rescale_every "), found.fix
     with pytest.raises(Unsupported, match="it can change rescale_every"), bench.open(planted, change={"fp32": [point]}):
         pass

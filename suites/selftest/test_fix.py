@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.api import Session, Unavailable
+from backends.api import Session, Unavailable, Unsupported
 from harness.compare import logits_error
 from harness.localize.bench import Bench
 from harness.localize.cost import cost
 from harness.localize.evidence import Evidence
 from harness.localize.finding import CLEAN, DIVERGED, LOGITS, NON_FINITE, TRACE, Finding
-from harness.localize.fix import find_fix, named
+from harness.localize.fix import Search, find_fix, named
 from harness.localize.magnitudes import measure
+from harness.localize.report import as_text
 from harness.localize.rescaled import rescaling
 from harness.localize.whatif import excess, layer_ranges, patterns
 from harness.session import open_session
 from reference.config import Config
 from reference.forward import forward
+from reference.mixed import Mixed
 from reference.numerics import Arithmetic
 from reference.schemes import apply
 from reference.synthetic import synthetic
@@ -64,7 +66,7 @@ def opener(weights: Weights) -> Iterator[Session]:
 @pytest.mark.parametrize("name", ["att.v", "ffn.k2", "ffn.v", "att.residual", "ln2"])
 def test_a_rescaled_checkpoint_helps_what_shows_only_logits(name: str) -> None:
     planted, point = plant(WEIGHTS, TOKENS, name, 1)
-    fix = find_fix(finding(point), evidence(planted), opener)
+    fix = find_fix(finding(point), evidence(planted), opener).fix
     assert fix is not None
     assert fix.verified, fix
     assert fix.what.startswith("the checkpoint rescaled: ")
@@ -74,7 +76,7 @@ def test_a_rescaled_checkpoint_helps_what_shows_only_logits(name: str) -> None:
 def test_what_weights_cannot_cure_is_only_emulated() -> None:
     """A key of 1e5 stays one, however weights are moved: told as emulated, never as verified."""
     planted, point = plant(WEIGHTS, TOKENS, "att.k", 1)
-    fix = find_fix(finding(point), evidence(planted), opener)
+    fix = find_fix(finding(point), evidence(planted), opener).fix
     assert fix is not None
     assert not fix.verified
     assert "att.k of layer 1 in fp32" in fix.what
@@ -93,7 +95,7 @@ def test_a_scheme_with_room_is_tried() -> None:
     planted, point = plant(WEIGHTS, TOKENS, "logits")
     bench = Stubborn(EMULATED, "fp16", threads=1)
     arithmetic = Arithmetic("fp16", "fp16", "fp16", "fp16")
-    fix = find_fix(finding(point), evidence(planted, arithmetic=arithmetic), bench)
+    fix = find_fix(finding(point), evidence(planted, arithmetic=arithmetic), bench).fix
     assert fix is not None
     assert fix.verified, fix
     assert "not today" in fix.note
@@ -105,14 +107,14 @@ def test_a_scheme_with_room_is_tried() -> None:
 def test_a_fix_that_passed_a_coarse_bound_says_so(declared: Arithmetic, coarse: bool) -> None:
     """Where products of four-bit inputs are declared, a backend that is right only roughly passes too."""
     planted, point = plant(WEIGHTS, TOKENS, "ffn.k2", 1)
-    fix = find_fix(finding(point), evidence(planted, arithmetic=declared), opener)
+    fix = find_fix(finding(point), evidence(planted, arithmetic=declared), opener).fix
     assert fix is not None
     assert fix.verified
     assert ("verified under a coarse bound" in fix.note) == coarse
 
 
 def test_nothing_wrong_needs_no_fix() -> None:
-    assert find_fix(finding(None, CLEAN), evidence(WEIGHTS), opener) is None
+    assert find_fix(finding(None, CLEAN), evidence(WEIGHTS), opener) == Search()
 
 
 def test_a_fault_that_no_change_cures_has_none() -> None:
@@ -127,10 +129,67 @@ def test_a_fault_that_no_change_cures_has_none() -> None:
     def wrong(weights: Weights) -> Iterator[Session]:
         yield Wrong(weights)
 
-    assert find_fix(finding(None, DIVERGED), evidence(WEIGHTS), wrong) is None
+    none = find_fix(finding(None, DIVERGED), evidence(WEIGHTS), wrong)
+    assert (none.fix, none.tries) == (None, ())
+    assert none.none.startswith("nothing to try: nothing overflows")
     planted, point = plant(WEIGHTS, TOKENS, "ffn.k2", 1)
-    fix = find_fix(finding(point), evidence(planted), wrong)
+    fix = find_fix(finding(point), evidence(planted), wrong).fix
     assert fix is None or not fix.verified
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_backend_that_only_halves_its_stream_is_halved_often_enough(layer: int) -> None:
+    """6 is never enough in three layers: the largest that is comes first, and nothing before it is tried."""
+    changes: list[Any] = []
+
+    class Halves(Bench):
+        def open(self, weights: Weights, scheme: Any = None, change: Any = None) -> Any:
+            if change:
+                changes.append(dict(change))
+            if change and set(change) != {"rescale_every"}:
+                raise Unsupported("it can change rescale_every")
+            return super().open(weights, scheme, change)
+
+    planted, point = plant(WEIGHTS, TOKENS, "att.residual", layer)
+    half = Arithmetic("fp16", "fp16", "fp16", "fp16")
+    fix = find_fix(finding(point), evidence(planted, arithmetic=half), Halves(EMULATED, "fp16", threads=1)).fix
+    assert fix is not None
+    assert fix.verified, fix
+    peaks = measure(planted, TOKENS, inner=True)
+    fits = [n for n in (6, 4, 3, 2, 1) if not excess(peaks, Mixed(half, (), n), CONFIG)]
+    assert changes == [{"rescale_every": fits[0]}]
+    assert fix.what == f"rescale_every {fits[0]}"
+
+
+class Alone(Bench):
+    """One scheme, and no ``adjust``."""
+
+    @property
+    def adjustable(self) -> bool:
+        return False
+
+    @property
+    def schemes(self) -> dict[str, Arithmetic]:
+        return {"fp16": FP16}
+
+
+def test_what_was_tried_in_vain_is_told() -> None:
+    alone = find_fix(finding("blocks.1.att.k", DIVERGED), evidence(WEIGHTS), Alone(EMULATED, "fp16", threads=1))
+    assert alone.none == "nothing to try: the backend has one scheme and cannot be adjusted"
+
+    class Refuses(Bench):
+        def open(self, weights: Weights, scheme: Any = None, change: Any = None) -> Any:
+            raise Unavailable("not today")
+
+    bench = Refuses(EMULATED, "fp16", threads=1)
+    refused = find_fix(finding("blocks.1.att.k", DIVERGED), evidence(WEIGHTS), bench)
+    assert refused.fix is None
+    assert refused.none.startswith("none found; tried: blocks.1.att.k in fp32; scheme bf16")
+    assert refused.tries
+    assert all(tried.endswith(": not today") for tried in refused.tries)
+    told = Finding(DIVERGED, TRACE, point="blocks.1.att.k", no_fix=refused.none)
+    about = {"backend": "x", "scheme": "fp16", "device": "cpu", "model": "m", "prompt_tokens": 40}
+    assert "\nfix      none found; tried: " in as_text(told, about)
 
 
 @pytest.mark.parametrize("name", ["att.v", "ffn.k2", "ffn.v", "att.out", "ln1", "ln2", "ffn.residual"])
