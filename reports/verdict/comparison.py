@@ -217,6 +217,8 @@ def _conclusion(found: Comparison) -> str:
         text = "NOTHING TO COMPARE: no cell is in both"
     elif open_ and len(open_) == total:
         text = f"UNDECIDED: {_more(open_, found.merged, what)}"
+    elif not total:
+        text = "no regression of parity; no speed is in both"
     else:
         text = f"no regression: {len(found.of(NO_SLOWER))} of {total} no slower"
     if found.of(FASTER):
