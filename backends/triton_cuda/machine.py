@@ -10,6 +10,7 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from backends.api import Unavailable, Unsupported
+from backends.shared.torch_devices import check_cuda
 from reference.config import Config
 from reference.errors import ConfigError
 from reference.schemes import stored_bytes
@@ -29,6 +30,9 @@ _GIB = 1 << 30
 
 #: Lengths of prompts whose graphs are kept, with what they need.
 KEPT_PROMPTS = 2
+
+#: Positions whose logits are on the card at once where all of a text's are wanted.
+SCORED_ROWS = 256
 
 
 def interpreted() -> bool:
@@ -105,34 +109,10 @@ def open_device(name: str) -> Any:
         raise Unsupported(f"TRITON_INTERPRET is set, so no kernel is compiled for {name}; unset it, or take device cpu")
     if torch.version.cuda is None:
         raise Unavailable(f"torch {torch.__version__} is a build without CUDA", "see https://pytorch.org/get-started")
-    check_driver(driver_version(), torch.version.cuda)
-    if not torch.cuda.is_available():
-        raise Unavailable("torch sees no CUDA device", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
-    if int(index or 0) >= torch.cuda.device_count():
-        raise Unavailable(f"there is no {name}", f"torch sees {torch.cuda.device_count()} CUDA device(s)")
+    check_cuda(int(index or 0))
     device = torch.device("cuda", int(index or 0))
     check_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     return device
-
-
-def driver_version() -> int:
-    """Newest CUDA that the driver has, as 1000 * major + 10 * minor; 0 where it does not answer."""
-    version = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        return 0
-    return version.value
-
-
-def check_driver(driver: int, built_for: str) -> None:
-    """Raise Unavailable for a driver of an older major CUDA than torch was built for; minor ones are compatible."""
-    if driver // 1000 < _numbers(built_for)[0]:
-        has = f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none"
-        raise Unavailable(
-            f"the driver is too old: it has CUDA {has}, torch was built for {built_for}",
-            "install a newer NVIDIA driver, or a torch built for an older CUDA",
-        )
 
 
 def check_capability(name: str, capability: tuple[int, int]) -> None:
@@ -146,11 +126,11 @@ def needed_bytes(config: Config, scheme: str, piece: int) -> int:
     """Predicted bytes on the card: weights, what pieces of so many tokens need, a context."""
     c, f, v = config.n_embd, config.n_ffn, config.n_vocab
     rows = (
-        (1 + KEPT_PROMPTS) * piece * (4 * c + 2 * 3 * c + 4 * 4 * c + 6 * f)
-    )  # stream, mixed, k v r and out, k and its square
+        (1 + KEPT_PROMPTS) * piece * (4 * c + 2 * 3 * c + 4 * 4 * c + 2 * c + 6 * f)
+    )  # stream, mixed, k v r and out, out as its product takes it, k and its square
     unpacked = 2 * c * max(f, c) if scheme.startswith(("q4", "q8")) else 0
     state = 8 * config.n_layer * 5 * c * 4
-    return stored_bytes(config, scheme) + rows + unpacked + state + 8 * v + _CONTEXT_BYTES
+    return stored_bytes(config, scheme) + rows + unpacked + state + 4 * v * (SCORED_ROWS + 2) + _CONTEXT_BYTES
 
 
 def check_memory(config: Config, scheme: str, piece: int, free: int, total: int, schemes: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from backends.api import State, Tap
 from backends.shared.torch_devices import give_back, loading
 from backends.triton_cuda.graph import Work, captured
-from backends.triton_cuda.machine import KEPT_PROMPTS, check_memory, open_device
+from backends.triton_cuda.machine import KEPT_PROMPTS, SCORED_ROWS, check_memory, open_device
 from backends.triton_cuda.model import Model
 from backends.triton_cuda.place import place
 from backends.triton_cuda.types import TYPES
@@ -150,7 +150,8 @@ class TritonSession:
             found = []
             for piece in torch.split(ids, PIECE, dim=1):
                 after = torch.empty_like(past)
-                found.append(_to_numpy(self._model.head(self._model.hidden(piece, past, after))))
+                rows = torch.split(self._model.hidden(piece, past, after), SCORED_ROWS)
+                found += [_to_numpy(self._model.head(some)) for some in rows]
                 past = after
             return np.concatenate(found)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from backends import triton_cuda
-from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, Unsupported
+from backends.api import Closing, Generating, Scoring, StateAccess, Traceable, Unavailable, Unsupported
 from backends.triton_cuda import machine
 from harness.compare import logits_error, state_error
 from harness.models import open_model
@@ -160,6 +160,7 @@ def test_a_prompt_longer_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, state = load("fp32").forward(TOKENS, None)
     scored = load("fp32").logits(TOKENS, None)
     monkeypatch.setattr(module, "PIECE", 5)
+    monkeypatch.setattr(module, "SCORED_ROWS", 3)
     pieces, after = load("fp32").forward(TOKENS, None)
     unit = truth("fp32").unit
     assert logits_error(pieces[None], whole[None].astype(np.float64), unit).rms < 1e-5
@@ -240,6 +241,17 @@ def test_what_cannot_be_changed_is_refused() -> None:
         triton_cuda.adjust(weights(), "q0f16", "cpu", None, {"fp32": ["*"]})
     with pytest.raises(Unsupported, match="rescales q0f16 only"):
         triton_cuda.adjust(weights(), "fp16", "cpu", None, {"rescale_every": 2})
+
+
+def test_memory_that_runs_out_while_loading_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends.triton_cuda import session as module
+
+    def full(*told: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(module, "place", full)
+    with pytest.raises(Unavailable, match="triton ran out of memory of cpu while loading: CUDA out of memory; try"):
+        triton_cuda.load(weights(), "fp16", "cpu", None)
 
 
 def test_closing_gives_everything_back() -> None:

@@ -135,8 +135,10 @@ def test_memory_is_given_back_at_the_end_and_where_loading_runs_out_of_it(
 ) -> None:
     fake, device = Fake(), type("Device", (), {"type": kind, "__str__": lambda self: kind})()
     monkeypatch.setattr(torch, kind, fake)
+    clear = "_cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(torch._C, clear, lambda: fake.asked.append(clear), raising=False)
     torch_devices.give_back(device)
-    assert fake.asked == ["synchronize", "empty_cache"]
+    assert fake.asked == ["synchronize", *[clear] * (kind == "cuda"), "empty_cache"]
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("MPS backend out of memory (M")):
         fake.asked.clear()
         said = f"torch ran out of memory of {kind} while loading: .*; try a smaller"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from harness.hardware import KNOWN, Hardware
 from harness.machine import probe
+from harness.machine import work as machine_work
 from harness.machine.known import profiles
 from harness.machine.probe import ProbeFailed, kept, known_rates
 from harness.machine.work import best_rate, fastest, measure_cpu
@@ -235,6 +236,17 @@ def test_the_processor_is_measured_and_numpy_alone_will_do(monkeypatch: pytest.M
     assert found["read_bytes_per_s"] > 1e6
     assert set(found["flops"]) == {"fp32"}
     assert found["versions"] == {"numpy": np.__version__}
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "int8"])
+def test_rates_of_products_are_those_of_random_values(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal values take less power, and a card that its power limits would show a rate that no model reaches."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[torch]'")
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "_int_mm" if kind == "int8" else "mm", lambda a, b: seen.append(a))
+    machine_work._torch_product("cpu", getattr(torch, kind))(64)()
+    assert str(seen[0].dtype) == f"torch.{kind}"
+    assert len(seen[0].unique()) > 100
 
 
 def test_every_known_hardware_has_a_profile_whose_figures_have_a_source() -> None:

@@ -26,14 +26,16 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 
 
 ALL_KERNELS = {
-    "add_gated", "choose", "dequantize", "embed_norm", "gemm_packed", "gemv", "gemv_channel_mix", "gemv_time_mix",
-    "norm", "norm_mix", "square", "top_of_block", "wkv_output", "wkv_totals",
+    "add_gated", "choose", "dequantize", "embed_norm", "fit", "gemm_packed", "gemv", "gemv_channel_mix",
+    "gemv_time_mix", "norm", "norm_mix", "square", "top_of_block", "wkv_output", "wkv_totals",
 }  # fmt: skip
 
 
 def test_every_kernel_compiles_for_a_gpu_and_spills_nothing() -> None:
     rows = compiled("--model", "7b-world", "--quant", "q4f16_1", "--arch", "90")
     assert {row["kernel"] for row in rows} == ALL_KERNELS
+    places = {row["what"] for row in rows}
+    assert places == {"decode", "batch of 4", "prompt of 16", "prompt of 512", "traced 1", "traced 16"}
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 and row["cubin"] > 0 for row in rows)
 
 

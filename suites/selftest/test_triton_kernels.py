@@ -24,6 +24,7 @@ if not machine.interpreted():
 
 from backends.triton_cuda import kernels_gemm, kernels_gemv, matrix, model  # noqa: E402
 from backends.triton_cuda.tiles import Tile, power_of_two  # noqa: E402
+from suites.throughput import compare_wkv  # noqa: E402
 
 FORMATS = ("fp32", "fp16", "bf16", "int4 NK", "int4 KN", "int8 NK")
 #: Relative error of a float32 sum of a few hundred products.
@@ -184,3 +185,27 @@ def test_arg_max(vocabulary: int) -> None:
     kernels_gemv.choose[(4,)](tops, places, ids, chosen, count, blocks, 4, BLOCK=8)
     assert ids.tolist() == chosen[2].tolist() == logits.argmax(1).tolist()
     assert count.tolist() == [3] * 4
+
+
+def test_wkv_alone_is_judged_before_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = compare_wkv.row("triton", 8, 33, "cpu")
+    assert (right.verdict, len(right.samples or ()), right.device) == ("PASS", compare_wkv.REPEATS, "cpu")
+    assert compare_wkv.main(["--kernel", "triton", "--device", "cuda", "--tokens", "8", "--width", "33"]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("TRITON_INTERPRET is set, so no kernel is compiled for cuda")
+    kernel = compare_wkv.KERNELS["triton"]
+    wrong = {"triton": lambda given, device: kernel(given._replace(w=given.w * 2), device)}
+    monkeypatch.setattr(compare_wkv, "KERNELS", wrong)
+    off = compare_wkv.row("triton", 8, 33, "cpu")
+    assert (off.verdict, off.value, not off.samples) == ("FAIL", None, True)
+
+
+def test_copies_of_the_inputs_are_more_than_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 << 20))
+    for tokens, copies in ((4096, 3), (512, 14), (1, 32)):
+        arrays = np.empty((tokens, 4096), np.float32)
+        given = compare_wkv.Inputs(arrays, arrays, arrays[0], arrays[0])
+        assert compare_wkv._copies(given, "cuda") == copies

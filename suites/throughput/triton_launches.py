@@ -15,7 +15,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from backends.triton_cuda.matrix import Matrix
-from backends.triton_cuda.model import Model
+from backends.triton_cuda.model import Model, Tap
 from backends.triton_cuda.stored import Layer, Stored
 from backends.triton_cuda.types import TYPES
 from reference.config import Config
@@ -37,7 +37,7 @@ _POINTERS = {
 class Launch:
     """What a kernel is compiled for.
 
-    what       where it is launched: ``decode``, ``prompt of 512``
+    what       where it is launched first: ``decode``, ``batch of 4``, ``prompt of 512``, ``traced 16``
     signature  argument -> Triton's name of its type, ``constexpr`` included
     constants  values of those
     aligned    positions of pointers and integers that are multiples of 16
@@ -57,21 +57,31 @@ class Launch:
         return repr((self.kernel.fn.__name__, self.signature, self.constants, self.aligned, self.options))
 
 
-def launches(config: Config, scheme: str, prompts: tuple[int, ...], batch: int = 1) -> list[Launch]:
-    """Every different launch of a decoding step with arg-max, and of prompts of some lengths."""
+def launches(config: Config, scheme: str, prompts: tuple[int, ...], batch: int = 4) -> list[Launch]:
+    """Every different launch of a step with arg-max, of one and of ``batch`` sequences, and of prompts of some lengths.
+
+    Traced are one token and the first of ``prompts``.
+    """
     found: dict[str, Launch] = {}
     model = Model(config, TYPES[scheme], META, _skeleton(config, scheme))
     with torch.inference_mode():
-        step = model.buffers(batch)
-        with _recorded("decode", found):
-            model.step(step)
-            model.choose(step)
-        past = torch.empty(batch, config.n_layer, 5, config.n_embd, device=META)
-        for length in prompts:
-            ids = torch.zeros(batch, length, dtype=torch.int64, device=META)
-            with _recorded(f"prompt of {length}", found):
-                model.head(model.hidden(ids, past, torch.empty_like(past))[-1:])
+        for what, count in (("decode", 1), (f"batch of {batch}", batch)):
+            step = model.buffers(count)
+            with _recorded(what, found):
+                model.step(step)
+                model.choose(step)
+        past = torch.empty(1, config.n_layer, 5, config.n_embd, device=META)
+        passes: list[tuple[str, int, Tap | None]] = [(f"prompt of {length}", length, None) for length in prompts]
+        passes += [(f"traced {length}", length, _not_looked_at) for length in (1, prompts[0])]
+        for what, length, tap in passes:
+            ids = torch.zeros(1, length, dtype=torch.int64, device=META)
+            with _recorded(what, found):
+                model.head(model.hidden(ids, past, torch.empty_like(past), tap)[-1:])
     return list(found.values())
+
+
+def _not_looked_at(name: str, value: torch.Tensor) -> None:
+    """A tap; values have none here."""
 
 
 @contextmanager
