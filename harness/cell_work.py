@@ -103,6 +103,7 @@ class CellWork:
         """Open the session until ``stack`` ends, judge it, and tell the rows of that the first time."""
         began = time.monotonic()
         self.tell("loading")
+        self.shares = self.shares or self._loads > 0  # between two loads of a cell others had their turns
         base, short = fitted(base_row(self.cell, self.model, self.job), self.cell, self.model)
         if short:
             self.emit(replace(base, verdict="UNAVAILABLE", reason=short))
@@ -263,7 +264,7 @@ class CellWork:
         Where others were loaded before, memory that they freed is taken again and their libraries do not count:
         what grew by less than the weights is certainly not what the session holds.
         """
-        if opened.isolated or not (self.shares or self._loads > 1):
+        if opened.isolated or not self.shares:
             return growth
         weights = self._base.weight_bytes if self._base is not None else None
         return growth if growth is not None and weights is not None and growth >= weights else None

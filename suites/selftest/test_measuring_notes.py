@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness import session
+from harness import schedule, session
 from harness.meter import HereMeter
 from harness.rows import Row
 from harness.samples import PRECISION_REACHED, REPEATS_REACHED, TIME_BUDGET, Sampling
@@ -99,6 +99,15 @@ class TestMemory:
         memory = {found.first.scheme: memory_of(found) for found in cells(rows)}
         assert memory["fp16"] is None
         assert memory["bf16"] == 99 * MIB
+
+    def test_a_cell_that_is_loaded_again_after_others_has_that_of_its_first_load_only(
+        self, bench: Callable[..., Done], small: str, grown: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a machine that does not hold two at once: there and back, half of the turns each."""
+        monkeypatch.setattr(schedule, "SHARE", 0.0)
+        grown += [2, 1]
+        found = self.peaks(self.run(bench, small, "--quant", "fp32,fp16"))
+        assert found == {"fp32": {2, None}, "fp16": {None}}
 
     def test_one_cell_alone_has_its_growth_and_no_note(
         self, bench: Callable[..., Done], small: str, grown: list[int]
