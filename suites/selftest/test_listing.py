@@ -180,11 +180,13 @@ def test_it_imports_no_runtime_and_takes_half_a_second() -> None:
         f"print(*(m for m in {heavy} if m in sys.modules), file=sys.stderr); sys.exit(status)"
     )
 
-    def once() -> float:
+    def once(code: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.stderr.strip() == ""
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(once() for _ in range(2)) < 0.5  # CPU time: what others do to this machine is not its fault
+    # In units of importing numpy, 0.09 s of an idle machine: what others do to this one is not its fault.
+    listing, numpy = zip(*[(once(code), once("import numpy")) for _ in range(3)], strict=True)
+    assert min(listing) < 5.5 * min(numpy)
