@@ -26,7 +26,7 @@ examples:
 
 Runs are what is independent: `run --store base.jsonl` adds one, as often as is
 asked for; with --fresh, each of its blocks counts. One run a side decides
-nothing about speed; `rwkv-bench ab` measures two checkouts in pairs.
+nothing about speed; the command ab measures two checkouts in pairs.
 Exit status 1: something is slower, or wrong where it was right; with --strict
 also what is undecided or missing.
 """

@@ -20,7 +20,7 @@ examples:
   rwkv-bench report --output report.html         one page, nothing else needed
   rwkv-bench report a.jsonl b.json --format md   two files joined
   rwkv-bench report ci/*.jsonl --output now.png  bars, roofline, frontier ...
-  rwkv-bench report a.jsonl b.jsonl --format jsonl > all.jsonl
+  rwkv-bench report a.jsonl b.jsonl --output all.jsonl
   ssh box cat rows.jsonl | rwkv-bench report - --quant int4
 
 A row that stands in several files is counted once, and said; a file that is
