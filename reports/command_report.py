@@ -24,7 +24,7 @@ examples:
   ssh box cat rows.jsonl | rwkv-bench report - --quant int4
 
 A row that stands in several files is counted once, and said; a file that is
-damaged or is not of rwkv-bench ends the report and is named.
+damaged, or another program's, ends the report and is named.
 """
 
 FORMATS = ("table", "md", "csv", "json", "jsonl", "html", "png")
