@@ -32,7 +32,7 @@ from reference.weights import Weights
 #: The fixtures hold a loaded session, which is meant to serve every example. Fewer of them where each starts
 #: a process: RWKV_BENCH_EXAMPLES=3.
 RELAXED = settings(
-    max_examples=int(os.environ.get("RWKV_BENCH_EXAMPLES", "4")),
+    max_examples=int(os.environ.get("RWKV_BENCH_EXAMPLES", "8")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
