@@ -9,6 +9,7 @@ environment of its own runs there; ``--isolate`` gives every cell a process of i
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -107,6 +108,19 @@ def _one_blas_thread() -> Iterator[None]:
     """Small matrix products on two threads wait for each other whenever anything else runs."""
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_was_frozen_ends_with_the_run() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_not_walked(_what_was_frozen_ends_with_the_run: None) -> None:
+    """What lives on between two files is libraries and pytest; the harness's own collections need not walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,17 @@ from harness.compare import logits_error
 from reference.codecs_ggml_v100 import Q4_0_V100, Q4_1_V100
 from reference.config import Config
 from reference.forward import forward
-from reference.numerics import INPUTS, INT8_BLOCKS, ROUND, UNIT_ROUNDOFF, Arithmetic, Emulated, Exact, int8_per_block
+from reference.numerics import (
+    INPUTS,
+    INT8_BLOCKS,
+    ROUND,
+    UNIT_ROUNDOFF,
+    Arithmetic,
+    Emulated,
+    Exact,
+    int8_per_block,
+    one_by_one,
+)
 from reference.synthetic import synthetic
 from reference.weights import Tensor, bf16_to_f32, f32_to_bf16
 
@@ -142,6 +152,18 @@ def test_linear_is_a_matrix_product(seed: int, k: int, activations: str) -> None
         assert (np.abs(got - exact) <= largest + gamma * size).all()
     else:
         assert (np.abs(got - exact) <= gamma * size).all()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 70), st.integers(1, 9), st.integers(1, 400))
+def test_products_are_added_one_by_one_in_the_given_order(seed: int, k: int, t: int, n: int) -> None:
+    """After 2^25 every 1 is lost, before it none is: any blocks, pairs or lanes of a sum would keep some."""
+    order = np.random.default_rng(seed).permutation(k)
+    x, w = np.ones((t, k), np.float32), np.ones((n, k), np.float32)
+    x[:, order[k // 2]] = 2.0**25
+    got = one_by_one(x, w, order)
+    assert got.shape == (t, n)
+    np.testing.assert_array_equal(got, np.float32(2**25 + k // 2))
 
 
 @pytest.mark.parametrize("kind", sorted(INT8_BLOCKS))

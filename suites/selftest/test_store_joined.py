@@ -106,7 +106,8 @@ def test_a_real_record_of_pytest_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "now.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-json", str(path)]
     fast = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1", str(tmp_path / "test_it.py")]
-    subprocess.run([*command, *fast], cwd=tmp_path, check=True, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    subprocess.run([*command, *fast], cwd=tmp_path, env=environment, check=True, capture_output=True)
     with pytest.raises(StoreError, match="record of pytest-benchmark; give the store that the run wrote"):
         read(path)
 
