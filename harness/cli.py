@@ -352,6 +352,7 @@ def _document(name: str) -> Callable[[Namespace], int]:
     def run_it(arguments: Namespace) -> int:
         from harness.live import LiveLine
 
+        _check_files(arguments.output)
         with LiveLine(sys.stderr) as line:
             outcome = command_file(name).run(arguments, line.show, output_format(arguments))
         _deliver(outcome.text, arguments.output)

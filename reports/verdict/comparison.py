@@ -137,6 +137,7 @@ def names_of(row: Row) -> dict[str, str]:
     if row.workload is not None:
         batch = f"×{row.workload.batch}" if row.workload.batch > 1 else ""
         found["workload"] = f"{row.workload.prompt_tokens}+{row.workload.decode_tokens}{batch}"
+    found["process"] = "own" if row.isolated else ""
     return found
 
 

@@ -142,6 +142,26 @@ def test_missing_and_added_cells_are_named(bench: Bench, tmp_path: Path) -> None
     assert bench("compare", base, head, "--strict").code == 1
 
 
+def test_a_cell_in_a_process_of_its_own_is_told_from_one_that_is_not(bench: Bench, tmp_path: Path) -> None:
+    def both(path: Path, seed: int) -> str:
+        rng = np.random.default_rng(seed)
+        for run, own in itertools.product(range(14), (True, False)):
+            samples = tuple(6e7 * np.exp(rng.normal(0, 0.01)) * np.exp(rng.normal(0, 0.003, 5)))
+            append(path, row(CELLS[0], run, "decode", verdict="PASS", samples=samples, isolated=own))
+        return str(path)
+
+    done = bench("compare", both(tmp_path / "a.jsonl", 1), both(tmp_path / "b.jsonl", 2), "--format", "json")
+    assert [it["process"] for it in json.loads(done.out)["cells"]] == ["own", ""]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(bench: Bench, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "no folder" / "verdict.md")
+    done = bench("compare", "neither", "exists", "--output", nowhere)
+    assert done.code == 2
+    assert "no folder" in done.err
+    assert "neither" not in done.err
+
+
 def test_markdown_has_the_conclusion_first(bench: Bench, tmp_path: Path) -> None:
     base = file(tmp_path / "a.jsonl", 1)
     head = file(tmp_path / "b.jsonl", 2, {(CELLS[1], "decode"): 0.06})
