@@ -102,7 +102,10 @@ def test_names_are_unique_and_sentences_are_there() -> None:
     }, "every operation has hypotheses"
 
 
-@pytest.mark.parametrize(("scheme", "arithmetic"), ARITHMETICS, ids=lambda value: str(value).split("/")[0])
+@pytest.mark.parametrize(
+    ("scheme", "arithmetic"),
+    [pytest.param(*one, id=one[0], marks=() if one[1] is FP32 else pytest.mark.slow) for one in ARITHMETICS],
+)
 def test_every_hypothesis_is_named_when_it_is_true(scheme: str, arithmetic: Arithmetic) -> None:
     """As long as it can be seen in that arithmetic at all."""
     missed, seen = [], 0

@@ -261,6 +261,7 @@ def test_noise_before_the_first_frame_is_skipped(
     assert bench("parity", "--model", small, "--backend", "numpy", "--quant", "fp32", *QUICK[:2], *QUICK[3:]).code == 0
 
 
+@pytest.mark.slow
 def test_environments_are_built_there(
     inventory: Callable[..., None], box: Box, small: str, bench: Bench, tmp_path: Path
 ) -> None:

@@ -515,6 +515,7 @@ def test_weights_on_which_the_reference_itself_fails(weights: Weights, passage: 
         score(Answering(weights), model_of(broken), "fp32", passage)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_passage(cache: Path) -> None:
     """65536 tokens of vocabulary: 512 positions more would be 256 MiB in float64, three times."""
     config = Config(n_layer=1, n_embd=32, n_ffn=32, n_vocab=65536)

@@ -194,6 +194,7 @@ def silent_index() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}/simple"
 
 
+@pytest.mark.slow
 def test_one_killed_in_the_middle_is_never_used_and_built_anew(
     place: Place, mine: Path, small: str, silent_index: str, tmp_path: Path
 ) -> None:
@@ -268,6 +269,7 @@ def load(path, threads):
 """
 
 
+@pytest.mark.slow
 def test_the_file_of_the_readme_with_an_environment_runs(place: Place, small: str) -> None:
     """As shown, but for the runtime, which stands in for somebody's, and for where numpy comes from."""
     found = re.search(r"```python\n(# /// script.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
