@@ -1,6 +1,7 @@
 """How long localizing a planted overflow takes, how much memory, and whether it beats counting NaN by hand.
 
     python -m suites.throughput.compare_localize [--model tiny,169m] [--backend torch] [--quant fp16] [--threads N]
+                                                [--method truncation]
 
 Each model is planted to overflow fp16 at ffn.k2 of its middle layer, saved, and localized by ``rwkv-bench localize``
 in a process of its own, whose peak memory is read when it ends; with it that of one traced run of the same checkpoint
@@ -79,6 +80,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="torch", help="name or .py file (default torch)")
     parser.add_argument("--quant", default="fp16", help="scheme (default fp16)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: rwkv-bench's own, 1 for small models)")
+    parser.add_argument("--method", help="trace, state or truncation (default: the best that the backend allows)")
     parser.add_argument("--count", metavar="FILE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -96,6 +98,7 @@ def _measure(name: str, arguments: argparse.Namespace) -> Measured:
         same += ["--threads", str(arguments.threads)] if arguments.threads else []
         command = ["-c", _COMMAND, "localize", *same, "--model", path, "--tokens", ids, "--format", "json"]
         command += ["--in-process"]  # one process, so that its memory is all there is
+        command += ["--method", arguments.method] if arguments.method else []
         seconds, used, out = _run(command, (1,))
         without_fix, _, _ = _run([*command, "--no-fix"], (1,))
         plain = ["-m", "suites.throughput.compare_localize", *same, "--model", path, "--count", ids]
