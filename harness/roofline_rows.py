@@ -32,12 +32,16 @@ class Roofline:
         self._hardware, self._threads, self._config = hardware, threads, config
         self._opened, self._tell = opened, tell
         self._found: Rates | str | None = None
+        self._anew = False
 
     def of(self, row: Row) -> Row:
         """The row with its fraction and, under ``roofline``, what it is a fraction of; or why it has none."""
         if row.metric not in ("prefill", "decode") or row.value is None or row.workload is None:
             return row
         told = self._fraction(row)
+        if not self._anew and told.get("fraction", 0.0) > 1:  # the rate was taken while something disturbed it
+            self._anew, self._found = True, None
+            told = self._fraction(row)
         return replace(row, roofline_fraction=told.pop("fraction", None), extra={**row.extra, "roofline": told})
 
     def _fraction(self, row: Row) -> dict[str, Any]:
@@ -81,7 +85,7 @@ class Roofline:
     def _probed(self) -> Measured:
         place, session = self._hardware, self._opened.session
         if place.host is None and place.device == "cpu":
-            return cpu_rates(self._threads, self._opened.cpus)
+            return cpu_rates(self._threads, self._opened.cpus, self._anew)
         key = {
             "host": place.host,
             "device": place.device,
@@ -93,8 +97,8 @@ class Roofline:
         }
         if isinstance(session, RemoteSession):
             line, threads = session.line, self._threads
-            return kept(key, lambda: line.ask("rates", device=place.device, threads=threads)[0])
-        return kept(key, partial(measure_device, place.device))
+            return kept(key, lambda: line.ask("rates", device=place.device, threads=threads)[0], self._anew)
+        return kept(key, partial(measure_device, place.device), self._anew)
 
 
 def _factors(activations: str) -> str:
