@@ -62,10 +62,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, tell: Tell, kind: str) -> Outcome:
     """Measure both and judge. Raises InputError; after Ctrl-C, what has been measured is judged and returned."""
     from harness.ab_checkouts import checkouts, prepare
+    from harness.collect import store_path
     from reports.ab_work import Work
 
     rules = rules_of(arguments)
     _check(arguments)
+    if arguments.store:
+        store_path(arguments.store)  # refused now if it could not be written after the work
     request, planned = _planned(arguments)
     pythons = (_python(arguments.base_python), _python(arguments.head_python))
     with checkouts(Path(arguments.repository), arguments.base, arguments.head, pythons) as sides:

@@ -281,6 +281,7 @@ def test_the_last_reading_waits_for_the_end_of_the_time(ab: Callable[..., Done])
         (("--base", "HEAD", "--minutes", "0"), "--minutes is 0"),
         (("--base", "HEAD", "--base-python", "python0"), "no interpreter python0"),
         (("--base", "HEAD", "--setup", "echo so it goes >&2; exit 3"), "status 3: so it goes"),
+        (("--base", "mian", "--store", "no folder/rows.jsonl"), "no folder"),
         (("--base", "HEAD", "--hardware", "a800"), "both sides run on this machine"),
         ((), "--base"),
     ],
