@@ -20,7 +20,12 @@ from harness.session import Opened
 from reference.config import Config
 
 #: Type of the activations, as an arithmetic declares it -> the matrix rate that a prefill is held against.
-_FACTORS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "tf32": "fp32"}
+#: Blocks of 4 bits are unpacked to bytes before they are multiplied.
+_FACTORS = {
+    **{kind: kind for kind in ("fp32", "fp16", "bf16")},
+    **dict.fromkeys(("fp16in", "fp16rows"), "fp16"),
+    **dict.fromkeys(("int4x32", "uint4x32"), "int8"),
+}
 
 Tell = Callable[[str], None]
 
@@ -103,7 +108,7 @@ class Roofline:
 
 def _factors(activations: str) -> str:
     """The type that matrix units are fed with; quantized activations of any group are int8."""
-    return _FACTORS.get(activations, "int8" if activations.startswith("int8") else activations)
+    return "int8" if activations.startswith("int8") else _FACTORS[activations]
 
 
 def _told(fraction: float | None, of: str, rate: float | None, unit: str) -> dict[str, Any]:
