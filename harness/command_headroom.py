@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, say: Say, kind: str) -> tuple[str, int]:
             model.weights, tokens, arguments.quant, arguments.float, arguments.sums, arguments.rescale_every, say
         )
     about = {"model": model.name, "model_sha256": model.sha256, "scheme": arguments.quant, "text": arguments.text}
-    return rendered(found, about, kind, arguments.layers), FAILED if found.overflowing else PASSED
+    return rendered(found, about, kind, arguments.layers), FAILED if found.overflows else PASSED
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -185,7 +185,8 @@ def _notes(found: Headroom) -> list[str]:
     if near is None:
         notes.append(f"no operation comes within 2x of overflow in {found.format}")
     else:
-        over = "overflows" if found.headroom(near) < 1 else "is within 2x of overflow"
+        emulated = found.plain is not None and found.plain.point == near.point
+        over = "overflows" if found.headroom(near) < 1 or emulated else "is within 2x of overflow"
         notes.append(f"first: {near.point} {over}, largest at token {near.token}, channel {near.channel}")
     if found.plain is None:
         notes.append(f"{found.format} is not emulated here: what follows is from magnitudes alone")

@@ -81,9 +81,16 @@ class Headroom:
         return tuple(peak for peak in self.peaks if _over(peak, self.format, self.sums))
 
     @property
+    def overflows(self) -> bool:
+        """Whether anything does, by magnitude or emulated: sums in another order get larger than those measured."""
+        return bool(self.overflowing) or not (self.plain is None or self.plain.finite)
+
+    @property
     def near(self) -> Peak | None:
-        """The first operation within ``NEAR`` of overflow, or beyond it."""
-        return next((peak for peak in self.peaks if not self.headroom(peak) > NEAR), None)
+        """The first operation within ``NEAR`` of overflow, or beyond it; else the first that overflows emulated."""
+        emulated = self.plain.point if self.plain is not None and not self.plain.finite else None
+        close = (peak for peak in self.peaks if not self.headroom(peak) > NEAR)
+        return next(close, next((peak for peak in self.peaks if peak.point == emulated), None))
 
     def worst(self) -> list[Peak]:
         """Of each operation the layer where it comes closest, in execution order."""
@@ -151,7 +158,7 @@ def document(found: Headroom, **about: Any) -> dict[str, Any]:
         "limit": found.limit,
         "sums": found.sums,
         "tokens": found.tokens,
-        "overflows": bool(found.overflowing),
+        "overflows": found.overflows,
         "near": near and near.point,
         "emulated": _outcome(found.plain),
         "keep": _planned(found.kept, found.config),

@@ -100,10 +100,10 @@ def forward(
         watched = tap is not _no_tap
         x = layer_norm(x if all_logits or watched else x[-1:], weights, "ln_out", op)
         tap("ln_out", x)
-        logits = op.at("logits").linear(x, weights["head.weight"])  # (T or 1, V)
-        tap("logits", logits)
-        if watched and not all_logits:  # one row alone may be added up in another order; watching changes nothing
-            logits = op.at("logits").linear(x[-1:], weights["head.weight"])
+        head = op.at("logits")
+        logits = head.linear(x if all_logits else x[-1:], weights["head.weight"])  # (T or 1, V)
+        if watched:  # after that, for one row alone may be added up in another order, and watching changes nothing
+            tap("logits", logits if all_logits else head.linear(x, weights["head.weight"]))
     return (logits if all_logits else logits[-1]), state
 
 

@@ -116,11 +116,12 @@ class _Watching(Exact):
             self._found[self._point] = replace(peak, value=value, token=int(token), channel=int(channel))
 
     def _partial(self, x: np.ndarray, weight: Tensor) -> None:
-        """Sums over growing parts of a row, as a chain of roundings sees them."""
+        """Sums over growing parts of a row, as a chain of CHAIN roundings sees them; in order, while others shuffle."""
         total = np.zeros((len(x), weight.shape[0]), np.float32)
         w = weight.array(np.float32)
-        for start in range(0, x.shape[1], CHAIN):
-            total += x[:, start : start + CHAIN] @ w[:, start : start + CHAIN].T
+        link = -(-x.shape[1] // CHAIN)
+        for start in range(0, x.shape[1], link):
+            total += x[:, start : start + link] @ w[:, start : start + link].T
             note_inner(self._found, self._point, total)
 
 

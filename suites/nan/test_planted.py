@@ -115,6 +115,7 @@ def judge(backend: str, scheme: str, within: str, name: str, layer: int | None) 
     bench = Bench(backend, scheme, threads=1, isolate=False)
     found = localize(bench, weights, scheme, bench.schemes[scheme], tokens)
     assert (found.verdict, found.method, found.point, found.layer) == (NON_FINITE, TRACE, point, layer), found.cause
+    assert found.watched == "same"
     assert "overflow" in found.cause, found.cause
     assert name != SUMS or "WKV's sum aa (of values) overflows" in found.cause, found.cause
     assert found.fix is not None

@@ -8,6 +8,7 @@ import io
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 
 from harness import command_headroom
-from harness.headroom import Headroom, find
+from harness.headroom import Headroom, document, find
 from harness.localize.magnitudes import CHUNK, measure
-from harness.localize.whatif import FORMATS, emulate, mixed
+from harness.localize.whatif import FORMATS, Outcome, emulate, mixed
 from harness.models import gate_tokens, open_model
 from harness.status import FAILED, PASSED
 from reference.checkpoint import save_checkpoint
@@ -62,6 +63,35 @@ def test_sums_are_larger_than_results() -> None:
     peak = measure(planted, TOKENS, inner=True)[point]
     assert peak.value < 65504 < peak.inner
     assert measure(planted, TOKENS)[point].inner == 0
+
+
+def test_sums_of_a_product_that_cancel_overflow_on_the_way() -> None:
+    """Of 64 products, the first half large and the second their opposite: the result is small, half way it is not."""
+    name = "blocks.1.ffn.receptance.weight"
+    half = np.full((CONFIG.n_embd, CONFIG.n_embd // 2), 2.0**15, np.float32)
+    weight = np.concatenate([half, -half], axis=1)
+    mixed_alike = {f"blocks.1.ffn.time_mix_{x}": Tensor.of(np.ones(CONFIG.n_embd, np.float32)) for x in "kr"}
+    alike = {"blocks.1.ln2.weight": np.zeros(CONFIG.n_embd, np.float32)}
+    alike["blocks.1.ln2.bias"] = np.ones(CONFIG.n_embd, np.float32)
+    tensors = {**WEIGHTS.tensors, name: Tensor.of(weight), **mixed_alike, **{n: Tensor.of(a) for n, a in alike.items()}}
+    planted = replace(WEIGHTS, tensors=tensors)
+    peak = measure(planted, TOKENS, inner=True)["blocks.1.ffn.r"]
+    assert peak.value < 65504 < 2.0**20 == peak.inner
+    found = find(planted, TOKENS, "fp16", sums=True)
+    assert [peak.point for peak in found.overflowing] == ["blocks.1.ffn.r"]
+
+
+def test_what_only_the_emulation_shows_is_told_and_fails() -> None:
+    """Sums in another order may get larger than those that were measured."""
+    found = replace(find(WEIGHTS, TOKENS, "fp16"), plain=Outcome("blocks.2.ffn.v", 3, float("nan")))
+    assert not found.overflowing
+    assert found.overflows
+    assert found.near is not None
+    assert found.near.point == "blocks.2.ffn.v"
+    assert document(found)["overflows"] is True
+    assert "first: blocks.2.ffn.v overflows" in command_headroom.rendered(
+        found, {"model": "", "scheme": ""}, "table", False
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in IN_BLOCK if name != SUMS])

@@ -215,3 +215,15 @@ def test_unknown_types_are_refused() -> None:
         Arithmetic("fp8")
     with pytest.raises(ValueError, match="wkv is 'int8x32'"):
         Arithmetic(wkv="int8x32")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8x32"])
+@pytest.mark.parametrize("all_logits", [False, True])
+def test_watching_changes_no_bit(kind: str, all_logits: bool) -> None:
+    weights, tokens = synthetic(Config(2, 32, 64, 50), 1), [3, 1, 4, 1, 5]
+    for seed in (0, 1):
+        how = {"arithmetic": Arithmetic(kind), "seed": seed, "all_logits": all_logits}
+        plain, state = forward(weights, tokens, **how)
+        watched, after = forward(weights, tokens, tap=lambda point, x: None, **how)
+        np.testing.assert_array_equal(watched, plain)
+        np.testing.assert_array_equal(after, state)
