@@ -127,7 +127,7 @@ def _drifted(cell: Cell, model: Model, arguments: argparse.Namespace, say: Say, 
 
     def look() -> Drift:
         with bench(cell, model, arguments).open(model.weights) as opened:
-            what = (model.weights, cell.scheme, opened.arithmetic, arguments.drift, say, tokens)
+            what = (model.weights, cell.scheme, opened.arithmetic, arguments.drift, say, tokens, arguments.seed)
             return drift(opened.session, *what)
 
     found = _watched(cell, look)
@@ -197,6 +197,8 @@ def _check_together(arguments: argparse.Namespace) -> None:
     for name, why in ignored.items() if arguments.drift is not None else ():
         if getattr(arguments, name) is not None:
             raise InputError(f"--drift {why}; leave out --{name.replace('_', '-')}")
+    if arguments.drift is not None and not arguments.fix:
+        raise InputError("--drift looks for no fix; leave out --no-fix")
     if arguments.heat_map is not None and not arguments.heat_map.lower().endswith(PICTURES):
         raise InputError(f"--heat-map {arguments.heat_map}: give a file that ends in {', '.join(PICTURES)}")
 

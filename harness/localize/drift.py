@@ -36,6 +36,8 @@ from reference.schemes import apply
 from reference.weights import Weights
 
 BOUNDED, GROWS, OFF = "bounded", "grows without limit", "beyond its bound, without growing"
+#: NaN, Inf or another shape: nothing to fit.
+BROKEN = "cannot be compared"
 
 #: Tokens of a call, and positions per decade that are looked at.
 CALL, PER_DECADE = 16, 24
@@ -110,7 +112,7 @@ class Drift:
             return BAD_WEIGHTS
         found = {curve.verdict for curve in self.curves}
         if self.problem or not found:
-            return GROWS
+            return BROKEN
         return next(verdict for verdict in (GROWS, OFF, BOUNDED) if verdict in found)
 
     @property
@@ -133,9 +135,10 @@ def drift(
     positions: int = 10_000,
     tell: Callable[[str], None] = lambda text: None,
     tokens: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> Drift:
     """Run ``positions`` tokens (``tokens``, over and over, or random ids) and compare along the way."""
-    ids = _ids(weights.config.n_vocab, positions, tokens)
+    ids = _ids(weights.config.n_vocab, positions, tokens, seed)
     with threadpool_limits(1, user_api="blas"):
         stored = hold(apply(weights, scheme))
         spoiled = bad_weights(weights, stored, scheme)
@@ -217,9 +220,9 @@ class _Runs:
         return got
 
 
-def _ids(n_vocab: int, positions: int, tokens: Sequence[int] | None) -> list[int]:
+def _ids(n_vocab: int, positions: int, tokens: Sequence[int] | None, seed: int) -> list[int]:
     if tokens is None:
-        return [int(i) for i in np.random.default_rng(0).integers(0, n_vocab, positions)]
+        return [int(i) for i in np.random.default_rng(seed).integers(0, n_vocab, positions)]
     return [int(tokens[i % len(tokens)]) for i in range(positions)]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from backends import faulty
 from backends.api import Session
-from harness.localize.drift import BOUNDED, CALL, GROWS, OFF, Curve, Drift, drift, fitted, looked_at
+from harness.localize.drift import BOUNDED, BROKEN, CALL, GROWS, OFF, Curve, Drift, drift, fitted, looked_at
 from reference.config import Config
 from reference.numerics import Arithmetic
 from reference.operations import Here
@@ -113,6 +113,7 @@ def test_what_cannot_be_compared_is_never_bounded(fault: str) -> None:
     session: Session = faulty.load(WEIGHTS, "fp32", fault, None)
     found = drift(session, WEIGHTS, "fp32", FP32, 200)
     assert not found.passed
+    assert found.verdict == BROKEN
     assert "position" in found.text()
 
 
@@ -133,6 +134,20 @@ def test_a_text_is_run_over_and_over() -> None:
     session = PlantedBackend(FP32, Patch(around=listening)).open(WEIGHTS.in_memory())
     drift(session, WEIGHTS, "fp32", FP32, 100, tokens=[5, 6, 7])
     assert seen == [5, 6, 7] * 33 + [5]
+
+
+def test_the_seed_draws_the_text() -> None:
+    seen: list[list[int]] = []
+
+    def listening(call: Call) -> Ran:
+        seen[-1].extend(call.tokens)
+        return call.usual()
+
+    for seed in (1, 1, 2):
+        seen.append([])
+        session = PlantedBackend(FP32, Patch(around=listening)).open(WEIGHTS.in_memory())
+        drift(session, WEIGHTS, "fp32", FP32, 40, seed=seed)
+    assert seen[0] == seen[1] != seen[2]
 
 
 @pytest.mark.parametrize("positions", [1, 15, 16, 17, 100, 10_000])

@@ -417,6 +417,7 @@ def test_the_command(bench: Callable[..., Done], small: str) -> None:
         (("--backend", "numpy", "--output", "none/x.txt"), "does not exist", 2),
         (("--backend", "numpy", "--drift", "9", "--heat-map", "x.png"), "leave out --heat-map", 2),
         (("--backend", "numpy", "--drift", "9", "--method", "state"), "leave out --method", 2),
+        (("--backend", "numpy", "--drift", "9", "--no-fix"), "leave out --no-fix", 2),
         (("--backend", "numpy", "--drift", "9", "--prompt-tokens", "9"), "leave out --prompt-tokens", 2),
     ):
         done = bench(*base, *argv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -222,7 +224,7 @@ def test_unknown_types_are_refused() -> None:
 def test_watching_changes_no_bit(kind: str, all_logits: bool) -> None:
     weights, tokens = synthetic(Config(2, 32, 64, 50), 1), [3, 1, 4, 1, 5]
     for seed in (0, 1):
-        how = {"arithmetic": Arithmetic(kind), "seed": seed, "all_logits": all_logits}
+        how: dict[str, Any] = {"arithmetic": Arithmetic(kind), "seed": seed, "all_logits": all_logits}
         plain, state = forward(weights, tokens, **how)
         watched, after = forward(weights, tokens, tap=lambda point, x: None, **how)
         np.testing.assert_array_equal(watched, plain)
