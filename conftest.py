@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from backends.api import Unavailable, Unsupported
 from backends.index import backend_names
+from harness import cuda_order
 from harness.measure import Workload
 from harness.models import Model, gate_tokens, open_model
 from harness.plan import ALL, Cell, Plan, Request, plan
@@ -31,6 +32,11 @@ from reference.weights import Weights
 
 #: What ``--backend`` means without being given.
 HERE = "here"
+
+
+def pytest_configure() -> None:
+    """Before a suite imports a runtime: the cards are numbered as the driver's tools list them."""
+    cuda_order.settle()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness import cuda_order
+
 _FIELDS = ("index", "uuid", "name", "memory.free", "memory.total", "clocks.sm", "clocks.mem", "driver_version")
 CARDS = ("nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits")
 PROCESSES = (
@@ -60,11 +62,10 @@ class Card:
 
 
 def card_of(device: str) -> Card | None:
-    """The card of ``cuda`` or ``cuda:1`` as it is now; ``None`` where there is none or nobody tells."""
+    """The card of ``cuda`` or ``cuda:1`` as it is now; ``None`` where there is none or nobody tells for certain."""
     if device.partition(":")[0] != "cuda":
         return None
-    cards = parse(_run(CARDS), _run(PROCESSES), own=_own())
-    return chosen(cards, device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return chosen(parse(_run(CARDS), _run(PROCESSES), own=_own()), device)
 
 
 def parse(cards: str, processes: str, own: set[int]) -> list[Card]:
@@ -98,18 +99,13 @@ def parse(cards: str, processes: str, own: set[int]) -> list[Card]:
     return found
 
 
-def chosen(cards: Sequence[Card], device: str, visible: str | None) -> Card | None:
-    """Which of the machine's cards ``cuda:1`` is under a value of CUDA_VISIBLE_DEVICES."""
-    index = int(device.partition(":")[2] or 0)
-    if visible is None:
-        return next((card for card in cards if card.index == index), None)
-    names: list[Card] = []
-    for word in (word.strip() for word in visible.split(",")):
-        card = next((c for c in cards if str(c.index) == word or (word and c.uuid.startswith(word))), None)
-        if card is None:  # the driver stops at the first that it does not know
-            break
-        names.append(card)
-    return names[index] if index < len(names) else None
+def chosen(cards: Sequence[Card], device: str, told: Mapping[str, str] | None = None) -> Card | None:
+    """Which of the machine's cards ``cuda:1`` is; ``told``: the environment, as :mod:`harness.cuda_order` has it."""
+    number = int(device.partition(":")[2] or 0)
+    cards = sorted(cards, key=lambda card: card.index)
+    order = cuda_order.numbered([card.uuid for card in cards], told)
+    at = order[number] if number < len(order) else None
+    return None if at is None else cards[at]
 
 
 def warning(device: str, card: Card | None) -> str | None:

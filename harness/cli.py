@@ -13,7 +13,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-from harness import streams
+from harness import cuda_order, streams
 from harness.commands.documents import document, headroom, localize, setup, told
 from harness.commands.rows import import_figures, quality, run
 from harness.commands.text import generate, list_what_is_here
@@ -40,6 +40,7 @@ _COMMANDS: dict[str, Callable[[Namespace], int]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     streams.prepare()
+    cuda_order.settle()
     try:
         with terminable(), warnings.catch_warnings():
             warnings.showwarning = show_warning

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from harness import cuda_order
 from harness.machine.facts import allowed_cpus, cpu_detail, gpu_detail
 from harness.machine.facts import facts as machine_facts
+from harness.machine.gpu import Gpu
 from harness.names import did_you_mean
 from reference.errors import InputError
 
@@ -61,12 +63,35 @@ class Hardware:
 
 @lru_cache(maxsize=1)
 def local_hardware() -> tuple[Hardware, ...]:
-    """The CPU, then every GPU whose driver answers."""
-    found, counts = [Hardware("cpu", "cpu", cpu_name())], dict.fromkeys(_DEVICES, 0)
-    for gpu in machine_facts().gpus:
-        index, counts[gpu.vendor] = counts[gpu.vendor], counts[gpu.vendor] + 1
-        found.append(Hardware(short_name(gpu.name), _DEVICES[gpu.vendor].format(index), gpu.name))
-    return tuple(found)
+    """The CPU, then every GPU whose driver answers and that CUDA_VISIBLE_DEVICES leaves."""
+    return (Hardware("cpu", "cpu", cpu_name()), *(place for place, _ in _gpus()))
+
+
+def _gpus() -> list[tuple[Hardware, Gpu | None]]:
+    """Every GPU as backends number them; ``None`` where it is not known for certain which one that is."""
+    everyone = machine_facts().gpus
+    cards = [gpu for gpu in everyone if gpu.vendor == "NVIDIA"]
+    named = cards and any(not word.isdigit() for word in cuda_order.words() or ())
+    order = cuda_order.numbered(cuda_order.asked_uuids(len(cards)) if named else [""] * len(cards))
+    found = [_card(number, None if at is None else cards[at], cards) for number, at in enumerate(order)]
+    counts = dict.fromkeys(_DEVICES, 0)
+    for gpu in everyone:
+        if gpu.vendor != "NVIDIA":
+            index, counts[gpu.vendor] = counts[gpu.vendor], counts[gpu.vendor] + 1
+            found.append((Hardware(short_name(gpu.name), _DEVICES[gpu.vendor].format(index), gpu.name), gpu))
+    return found
+
+
+def _card(number: int, gpu: Gpu | None, cards: list[Gpu]) -> tuple[Hardware, Gpu | None]:
+    """``cuda:<number>``: ``gpu``, or one of ``cards``; cards that are all the same need no telling apart."""
+    if gpu is None and len(set(cards)) == 1:
+        gpu = cards[0]
+    device = _DEVICES["NVIDIA"].format(number)
+    if gpu is not None:
+        return Hardware(short_name(gpu.name), device, gpu.name), gpu
+    names = ", ".join(dict.fromkeys(card.name for card in cards))
+    why = f"{cuda_order.ORDER} is not {cuda_order.BY_BUS}" if not cuda_order.by_bus() else "a part of a card"
+    return Hardware("nvidia-gpu", device, f"one of {names}: {why}"), None
 
 
 def hardware_names() -> list[str]:
@@ -176,6 +201,5 @@ def describe(hardware: Hardware) -> dict[str, str | int | float]:
 
 def _of_device(hardware: Hardware) -> dict[str, str | int | float]:
     """What the driver tells of a device; nothing for one that nobody has detected."""
-    devices = [place.device for place in local_hardware()][1:]
-    gpus = dict(zip(devices, machine_facts().gpus))  # noqa: B905 - of equal length; runs on Python 3.9 too
-    return gpu_detail(gpus[hardware.device]) if hardware.device in gpus else {}
+    gpu = next((gpu for place, gpu in _gpus() if place.device == hardware.device), None)
+    return {} if gpu is None else gpu_detail(gpu)

@@ -13,6 +13,8 @@ import os
 from contextlib import suppress
 from typing import Any
 
+from harness import cuda_order
+
 _CLOCK_SM, _TEMPERATURE_GPU = 1, 0
 _MOST_PROCESSES = 256
 
@@ -86,10 +88,19 @@ class GpuWatch:
 
 
 def _find(library: Any, number: int, found: ctypes.c_void_p) -> bool:
-    """The device that CUDA calls ``number``: CUDA_VISIBLE_DEVICES renumbers, by index or by UUID."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [word.strip() for word in visible.split(",") if word.strip()]
-    name = names[number] if number < len(names) else str(number)
-    if name.isdigit():
-        return bool(library.nvmlDeviceGetHandleByIndex_v2(int(name), ctypes.byref(found)) == 0)
-    return bool(library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(found)) == 0)
+    """The device that CUDA calls ``number``, by index or by UUID; none where that is not known for certain."""
+    listed = cuda_order.words()
+    if listed is not None and number >= len(listed):
+        return False
+    name = str(number) if listed is None else listed[number]
+    if not name.isdigit():
+        return bool(library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(found)) == 0)
+    if not cuda_order.by_bus() and _count(library) != 1:
+        return False
+    return bool(library.nvmlDeviceGetHandleByIndex_v2(int(name), ctypes.byref(found)) == 0)
+
+
+def _count(library: Any) -> int:
+    """How many devices the driver has; 0 where it does not tell."""
+    found = ctypes.c_uint()
+    return int(found.value) if library.nvmlDeviceGetCount_v2(ctypes.byref(found)) == 0 else 0

@@ -25,7 +25,7 @@ from reference.cache import cache_folder
 #: Of harness, only what a foreign interpreter can run.
 HARNESS_FILES = (
     *("__init__.py", "hardware.py", "logits_watch.py", "measure.py", "memory.py", "names.py", "noise.py"),
-    *("noise_gpu.py", "samples.py", "turns.py", "batch.py"),
+    *("noise_gpu.py", "samples.py", "turns.py", "batch.py", "cuda_order.py"),
     *("machine/__init__.py", "machine/cpu.py", "machine/gpu.py", "machine/limits.py", "machine/facts.py"),
     "machine/work.py",
     *("isolation/__init__.py", "isolation/frames.py", "isolation/placement.py", "isolation/sources.py"),

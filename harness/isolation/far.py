@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from backends.api import Unavailable
+from harness import cuda_order
 from harness.hardware import available_bytes, default_threads, describe, local_hardware
 from harness.isolation.archive import BOOT, PATHS
 from harness.isolation.child import Child
@@ -38,6 +39,7 @@ Answer = dict
 
 def main(archive: str) -> None:
     """Serve one connection."""
+    cuda_order.settle()
     signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(1))  # so that what follows cleans up
     read_file, write_file = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)

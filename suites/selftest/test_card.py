@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from backends import torch_eager
-from harness import fitting
+from harness import cli, fitting
 from harness.budget import GIB, device_bytes, device_shortage
 from harness.card import Card, Process, card_of, chosen, parse, warning
 from harness.cell_rows import Job, base_row
-from harness.hardware import Hardware
+from harness.cuda_order import numbered
+from harness.hardware import Hardware, describe, local_hardware
+from harness.machine.facts import facts as machine_facts
 from harness.measure import Workload
 from harness.models import open_model
 from harness.plan import Cell, Request
@@ -22,6 +25,10 @@ from reference.config import preset
 CARDS = """\
 0, GPU-aaaa-1, NVIDIA H200, 142000, 143771, 1980, 3201, 570.124.06
 1, GPU-bbbb-2, NVIDIA GeForce RTX 3060 Ti, 2048, 8192, 210, [N/A], 570.124.06
+"""
+FACTS = """\
+NVIDIA H200, 570.124.06, 143771, 1980, 3201, 700.00, 9.0
+NVIDIA GeForce RTX 3060 Ti, 570.124.06, 8192, 2100, 7001, 200.00, 8.6
 """
 PROCESSES = """\
 GPU-bbbb-2, 4711, /opt/a, b/bin/python3, 3072
@@ -71,18 +78,103 @@ def test_a_driver_that_does_not_answer_has_no_cards(said: str) -> None:
     ],
 )
 def test_which_card_a_device_is(device: str, visible: str | None, index: int | None) -> None:
-    found = chosen(cards(), device, visible)
+    told = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    found = chosen(cards(), device, told)
     assert (found and found.index) == index
 
 
-def test_the_program_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A stand-in for nvidia-smi on a machine with two cards."""
     program = tmp_path / "nvidia-smi"
     program.write_text(
-        f'#!/bin/sh\ncase "$1" in *compute-apps*) cat <<E\n{PROCESSES}E\n;; *) cat <<E\n{CARDS}E\n;; esac\n'
+        '#!/bin/sh\ncase "$1" in\n'
+        f"*compute-apps*) cat <<E\n{PROCESSES}E\n;;\n"
+        "*=uuid) echo GPU-aaaa-1; echo GPU-bbbb-2;;\n"
+        f"*power.limit*) cat <<E\n{FACTS}E\n;;\n"
+        f"*) cat <<E\n{CARDS}E\n;; esac\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    _forget()
+    yield program
+    _forget()
+
+
+def _forget() -> None:
+    local_hardware.cache_clear()
+    machine_facts.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["h200", "rtx3060ti"]),
+        ("1", ["rtx3060ti"]),
+        ("1,0", ["rtx3060ti", "h200"]),
+        ("GPU-bbbb", ["rtx3060ti"]),
+        ("GPU-bbbb,0", ["rtx3060ti", "h200"]),
+        ("1,7,0", ["rtx3060ti"]),
+        ("", []),
+    ],
+)
+@pytest.mark.usefixtures("program")
+def test_a_device_is_named_after_the_card_that_cuda_gives(
+    visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a row is recorded under, what is told of it, and whose memory was asked for are one card's."""
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus = local_hardware()[1:]
+    assert [(gpu.name, gpu.device) for gpu in gpus] == [(name, f"cuda:{i}") for i, name in enumerate(names)]
+    for gpu in gpus:
+        card = card_of(gpu.device)
+        assert card is not None
+        assert gpu.detail == card.name
+        assert describe(gpu)["device_memory_bytes"] == card.total_bytes
+    assert card_of(f"cuda:{len(gpus)}") is None
+
+
+@pytest.mark.usefixtures("program")
+def test_a_card_that_is_not_known_for_certain_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    first, second = local_hardware()[1:]
+    assert (first.name, first.device, second.device) == ("nvidia-gpu", "cuda:0", "cuda:1")
+    assert first.detail == "one of NVIDIA H200, NVIDIA GeForce RTX 3060 Ti: CUDA_DEVICE_ORDER is not PCI_BUS_ID"
+    assert card_of("cuda:0") is None
+    assert "driver" not in describe(first)
+    _forget()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb")  # a UUID is certain under any order
+    assert [gpu.name for gpu in local_hardware()[1:]] == ["rtx3060ti"]
+    assert card_of("cuda:0") is not None
+    _forget()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-4711")
+    assert [gpu.detail for gpu in local_hardware()[1:]] == [
+        "one of NVIDIA H200, NVIDIA GeForce RTX 3060 Ti: CUDA_DEVICE_ORDER is not PCI_BUS_ID"
+    ]
+
+
+@pytest.mark.usefixtures("program")
+def test_the_order_is_settled_unless_the_user_has_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the entry point, before any runtime: CUDA's own order is the fastest first."""
+    for asked, kept in ((None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")):
+        if asked is None:
+            monkeypatch.delenv("CUDA_DEVICE_ORDER")
+        else:
+            monkeypatch.setenv("CUDA_DEVICE_ORDER", asked)
+        assert cli.main(["--version"]) == 0
+        assert os.environ["CUDA_DEVICE_ORDER"] == kept
+
+
+def test_of_one_card_there_is_no_order() -> None:
+    assert numbered(["GPU-a"], {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}) == [0]
+    assert numbered(["", ""], {"CUDA_VISIBLE_DEVICES": "GPU-a,1"}) == [None, 1]
+    assert numbered(["GPU-ab", "GPU-ac"], {"CUDA_VISIBLE_DEVICES": "GPU-a"}) == []
+
+
+def test_the_program_is_asked(program: Path) -> None:
     found = card_of("cuda:1")
     assert found is not None
     assert [process.pid for process in found.others] == [4711, 4712, 99]
