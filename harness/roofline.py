@@ -74,18 +74,25 @@ def decode_fraction(tokens_per_s: float, step_bytes: int | None, rates: Rates, b
     return tokens_per_s / batch * step_bytes / rates.read_bytes_per_s
 
 
-def prefill_fraction(
-    tokens_per_s: float, config: Config, prompt: int, factors: str, rates: Rates, step_bytes: int | None = None
-) -> float | None:
-    """Of the matrix rate for that type of factors; ``None`` as in :func:`decode_fraction`.
+def matrix_rate(factors: str, rates: Rates) -> tuple[str, float] | None:
+    """The type that products of ``factors`` are held against, and operations per second; ``None`` if not known.
 
     Half floats can always be multiplied as float32, so their rate is no less than that.
     """
     rate = rates.flops.get(factors)
     if not rate:
         return None
-    if factors in ("fp16", "bf16"):
-        rate = max(rate, rates.flops.get("fp32", 0.0))
+    full = rates.flops.get("fp32", 0.0)
+    return ("fp32", full) if factors in ("fp16", "bf16") and full > rate else (factors, rate)
+
+
+def prefill_fraction(
+    tokens_per_s: float, config: Config, prompt: int, factors: str, rates: Rates, step_bytes: int | None = None
+) -> float | None:
+    """Of the :func:`matrix_rate` for that type of factors; ``None`` as in :func:`decode_fraction`."""
+    found = matrix_rate(factors, rates)
+    if found is None:
+        return None
     if rates.last_level_bytes is not None and step_bytes is not None and FITS * step_bytes <= rates.last_level_bytes:
         return None
-    return tokens_per_s / prompt * prefill_flops(config, prompt) / rate
+    return tokens_per_s / prompt * prefill_flops(config, prompt) / found[1]

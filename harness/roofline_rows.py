@@ -14,7 +14,7 @@ from harness.isolation.remote import RemoteError, RemoteSession
 from harness.machine.facts import facts
 from harness.machine.probe import Measured, ProbeFailed, cpu_rates, kept
 from harness.machine.work import measure_device
-from harness.roofline import FITS, Rates, decode_fraction, prefill_fraction
+from harness.roofline import FITS, Rates, decode_fraction, matrix_rate, prefill_fraction
 from harness.rows import Row
 from harness.session import Opened
 from reference.config import Config
@@ -65,7 +65,8 @@ class Roofline:
         factors = _factors(self._opened.arithmetic.activations)
         prompt = row.workload.prompt_tokens
         fraction = prefill_fraction(row.value, self._config, prompt, factors, rates, row.weight_bytes)
-        return _told(fraction, f"{factors} matrix rate", rates.flops.get(factors), "FLOP/s")
+        used, rate = matrix_rate(factors, rates) or (factors, None)
+        return _told(fraction, f"{used} matrix rate", rate, "FLOP/s")
 
     def _cached(self, row: Row) -> bool:
         """Whether the processor's cache alone decides, so that nothing needs to be probed."""
@@ -90,7 +91,7 @@ class Roofline:
     def _probed(self) -> Measured:
         place, session = self._hardware, self._opened.session
         if place.host is None and place.device == "cpu":
-            return cpu_rates(self._threads, self._opened.cpus, self._anew)
+            return cpu_rates(self._threads, self._opened.cpus, higher=self._anew)
         key = {
             "host": place.host,
             "device": place.device,
@@ -102,8 +103,8 @@ class Roofline:
         }
         if isinstance(session, RemoteSession):
             line, threads = session.line, self._threads
-            return kept(key, lambda: line.ask("rates", device=place.device, threads=threads)[0], self._anew)
-        return kept(key, partial(measure_device, place.device), self._anew)
+            return kept(key, lambda: line.ask("rates", device=place.device, threads=threads)[0], higher=self._anew)
+        return kept(key, partial(measure_device, place.device), higher=self._anew)
 
 
 def _factors(activations: str) -> str:

@@ -37,15 +37,14 @@ class ProbeFailed(Exception):
     """A probe that told nothing; one line."""
 
 
-def cpu_rates(threads: int, cpus: str | None = None, again: bool = False) -> Measured:
+def cpu_rates(threads: int, cpus: str | None = None, again: bool = False, higher: bool = False) -> Measured:
     """What :func:`harness.machine.work.measure_cpu` finds here, kept. Raises :class:`ProbeFailed`.
 
-    ``cpus`` is what the cells are bound to; ``again`` measures anew.
+    ``cpus`` is what the cells are bound to; ``again`` and ``higher`` as in :func:`kept`.
     """
     key, cache = _cpu_key(threads, cpus), facts().cpu.last_level_bytes or 0
-    known = None if again else known_rates(key)
-    taken = kept(key, lambda: _in_a_child(threads, cache, cpus), again or _disturbed(known))
-    return taken if known is None else _best(taken, known)
+    higher = higher or (not again and _disturbed(known_rates(key)))
+    return kept(key, lambda: _in_a_child(threads, cache, cpus), again, higher)
 
 
 def known_cpu_rates(threads: int, cpus: str | None = None) -> Measured | None:
@@ -80,11 +79,16 @@ def _best(new: Measured, old: Measured) -> Measured:
     return {**new, "read_bytes_per_s": max(new["read_bytes_per_s"], old["read_bytes_per_s"]), "flops": flops}
 
 
-def kept(key: Mapping[str, Any], measure: Callable[[], Measured], again: bool = False) -> Measured:
-    """``measure()``, or what it gave before for the same key; ``again`` asks anew and keeps that."""
+def kept(
+    key: Mapping[str, Any], measure: Callable[[], Measured], again: bool = False, higher: bool = False
+) -> Measured:
+    """``measure()``, or what it gave before for the same key; ``again`` asks anew and keeps that.
+
+    ``higher`` asks anew too, and keeps the higher of both for each rate.
+    """
     path = _path(key)
-    known = None if again else _read(path)
-    if known is not None:
+    known = _read(path)
+    if known is not None and not (again or higher):
         return known
     taken = measure()
     rates = [taken["read_bytes_per_s"], *taken["flops"].values()]
@@ -92,6 +96,8 @@ def kept(key: Mapping[str, Any], measure: Callable[[], Measured], again: bool = 
         raise ProbeFailed("the probe gave rates that are no rates")
     taken["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     taken["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if higher and known is not None:
+        taken = _best(taken, known)
     _write(path, {"key": dict(key), "taken": taken})
     return taken
 

@@ -115,9 +115,9 @@ def row(metric: str, value: float | None, step: int | None = 1 << 30) -> Row:
 def roofline(monkeypatch: pytest.MonkeyPatch) -> tuple[Roofline, list[int]]:
     asked: list[int] = []
 
-    def rates(threads: int, cpus: str | None, again: bool) -> dict[str, Any]:
+    def rates(threads: int, cpus: str | None, higher: bool) -> dict[str, Any]:
         asked.append(threads)
-        return TAKEN | ({"read_bytes_per_s": 9e10} if again else {})
+        return TAKEN | ({"read_bytes_per_s": 9e10} if higher else {})
 
     monkeypatch.setattr("harness.roofline_rows.cpu_rates", rates)
     cpu = SimpleNamespace(cpu=SimpleNamespace(last_level_bytes=32 << 20))
@@ -136,6 +136,18 @@ def test_rows_say_what_they_are_a_fraction_of(roofline: tuple[Roofline, list[int
     assert prefill.roofline_fraction == pytest.approx(100 / 8 * prefill_flops(preset("169m"), 8) / 4e11)
     assert prefill.extra["roofline"]["of"] == "bf16 matrix rate"
     assert asked == [2]
+
+
+def test_the_rate_is_the_one_that_the_fraction_is_of(
+    roofline: tuple[Roofline, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half floats without a fast product of their own are multiplied as float32, and the row says so."""
+    slow = TAKEN | {"flops": {"fp32": 6e10, "bf16": 2e9}}
+    monkeypatch.setattr("harness.roofline_rows.cpu_rates", lambda threads, cpus, higher: slow)
+    told = roofline[0].of(row("prefill", 50.0))
+    of = told.extra["roofline"]
+    assert of == {"of": "fp32 matrix rate", "rate": 6e10, "unit": "FLOP/s"}
+    assert told.roofline_fraction == pytest.approx(50 / 8 * prefill_flops(preset("169m"), 8) / of["rate"])
 
 
 def test_a_rate_below_what_was_reached_is_taken_again_once(roofline: tuple[Roofline, list[int]]) -> None:
@@ -162,7 +174,7 @@ def test_rows_without_a_fraction_say_why_and_cost_no_probe(roofline: tuple[Roofl
 def test_a_probe_that_fails_costs_the_fraction_only(
     roofline: tuple[Roofline, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(threads: int, cpus: str | None, again: bool) -> dict[str, Any]:
+    def fail(threads: int, cpus: str | None, higher: bool) -> dict[str, Any]:
         raise ProbeFailed("the probe ended with -9: ")
 
     monkeypatch.setattr("harness.roofline_rows.cpu_rates", fail)
@@ -200,7 +212,7 @@ def test_a_rate_that_is_none_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_was_taken_under_load_is_taken_again_in_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RWKV_BENCH_CACHE", str(tmp_path))
-    load, rates = [64.0], iter([1e9, 9e9, 5e9])
+    load, rates = [64.0], iter([1e9, 9e9, 5e9, 2e9, 4e9, 7e9])
     monkeypatch.setattr("harness.machine.probe.os.getloadavg", lambda: (load[0], 0, 0))
     monkeypatch.setattr(probe, "allowed_cpus", lambda: 2)
     monkeypatch.setattr(probe, "_in_a_child", lambda *a: {**TAKEN, "read_bytes_per_s": next(rates)})
@@ -210,6 +222,27 @@ def test_what_was_taken_under_load_is_taken_again_in_quiet(tmp_path: Path, monke
     assert probe.cpu_rates(1)["read_bytes_per_s"] == 9e9
     assert probe.cpu_rates(1)["read_bytes_per_s"] == 9e9
     assert probe.cpu_rates(1, again=True)["read_bytes_per_s"] == 5e9
+    for best in (5e9, 5e9, 7e9):  # of 2, 4 and 7
+        assert probe.cpu_rates(1, higher=True)["read_bytes_per_s"] == best
+        assert probe.cpu_rates(1)["read_bytes_per_s"] == best
+
+
+def test_the_higher_of_two_rates_stays_the_one_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RWKV_BENCH_CACHE", str(tmp_path))
+    load, rates = [64.0], iter([(3e10, 1e11), (2e10, 2e11)])
+    monkeypatch.setattr("harness.machine.probe.os.getloadavg", lambda: (load[0], 0, 0))
+    monkeypatch.setattr(probe, "allowed_cpus", lambda: 2)
+
+    def measured(*_: Any) -> dict[str, Any]:
+        read, flops = next(rates)
+        return {**TAKEN, "read_bytes_per_s": read, "flops": {"fp32": flops}}
+
+    monkeypatch.setattr(probe, "_in_a_child", measured)
+    assert probe.cpu_rates(1)["read_bytes_per_s"] == 3e10
+    load[0] = 0.1
+    for _ in range(2):
+        found = probe.cpu_rates(1)
+        assert (found["read_bytes_per_s"], found["flops"]["fp32"]) == (3e10, 2e11)
 
 
 def test_the_fastest_run_counts_and_a_slow_product_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
