@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.ab_blocks import Block, BlockFailed
+from harness.ab_blocks import Block, BlockFailed, BlockWrong
 from harness.ab_checkouts import BASE, HEAD, Side
 from harness.plan import Cell
 
@@ -27,8 +27,13 @@ class Pairs:
     cell: Cell
     pairs: list[tuple[Block, Block]] = field(default_factory=list)
     head_first: list[bool] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, BlockFailed] = field(default_factory=dict)
     done: bool = False
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a side took times from wrong results: what it gave before counts for nothing either."""
+        return any(isinstance(error, BlockWrong) for error in self.failed.values())
 
     @property
     def open(self) -> bool:
@@ -78,7 +83,7 @@ def _pair(job: Job, cell: Pairs, head_first: bool, tell: Tell) -> None:
         try:
             found[side.name] = job.measure(side, _spec(job, side, cell.cell))
         except BlockFailed as error:
-            cell.failed[side.name] = str(error)
+            cell.failed[side.name] = error
     if not cell.failed:
         cell.pairs.append((found[BASE], found[HEAD]))
         cell.head_first.append(head_first)

@@ -1,6 +1,7 @@
-"""One block of one side in a fresh process, and the parity verdicts of a side.
+"""One block of one side in a fresh process, and the verdicts of a side.
 
-BlockFailed    the process ended without a result, with its last words; one line
+BlockFailed       the process ended without a result, with its last words; one line
+  BlockWrong      what the timed calls returned is not finite or not right
 """
 
 from __future__ import annotations
@@ -24,12 +25,23 @@ WORKER = Path(__file__).with_name("ab_worker.py")
 #: Runs the command line of a side's own code.
 _CLI = "import json, sys; sys.path[:0] = json.loads(sys.argv.pop(1)); from harness.cli import main; sys.exit(main())"
 
+#: One sample of each metric: it is the checks of it that count.
+_SHORT = ("--repeats", "1", "--time-budget", "0")
+
 #: Seconds that a block or the parity of a side may take.
 BLOCK_SECONDS, PARITY_SECONDS = 600.0, 3600.0
 
 
 class BlockFailed(Exception):
     """A block that gave no times; one line."""
+
+    verdict = "CRASHED"
+
+
+class BlockWrong(BlockFailed):
+    """A block that took its times from wrong results; one line."""
+
+    verdict = "FAIL"
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Block:
 
 
 def measure_block(side: Side, spec: Mapping[str, Any], timeout: float = BLOCK_SECONDS) -> Block:
-    """Start a process on ``side``, measure, end it. Raises BlockFailed."""
+    """Start a process on ``side``, measure, check, end it. Raises BlockFailed, BlockWrong."""
     with tempfile.TemporaryDirectory(prefix="rwkv-bench-block-") as folder:
         out = Path(folder) / "block.json"
         whole = {**spec, "paths": side.paths, "harness": side.harness, "out": str(out)}
@@ -51,6 +63,8 @@ def measure_block(side: Side, spec: Mapping[str, Any], timeout: float = BLOCK_SE
             found = json.loads(out.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise BlockFailed("ended without an answer") from None
+    if "wrong" in found:
+        raise BlockWrong(one_line(found["wrong"]))
     metrics = found["metrics"]
     return Block(
         {name: tuple(it["ns"]) for name, it in metrics.items()},
@@ -60,10 +74,13 @@ def measure_block(side: Side, spec: Mapping[str, Any], timeout: float = BLOCK_SE
 
 
 def parity_rows(side: Side, options: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows, as JSON has them, of ``rwkv-bench parity`` with the code of ``side``. Raises BlockFailed."""
+    """Rows, as JSON has them, of a short ``rwkv-bench run`` with the code of ``side``. Raises BlockFailed.
+
+    Not of ``parity``, which knows no workload: ``options`` name one, and its calls are judged as they are timed.
+    """
     with tempfile.TemporaryDirectory(prefix="rwkv-bench-parity-") as folder:
         out, store = Path(folder) / "parity.json", Path(folder) / "rows.jsonl"
-        words = ["parity", *options, "--format", "json", "--output", str(out), "--store", str(store)]
+        words = ["run", *options, *_SHORT, "--format", "json", "--output", str(out), "--store", str(store)]
         with suppress(_Status):  # a FAIL is a status too; the rows say which
             _run([side.python, "-c", _CLI, json.dumps(side.paths), *words], side, PARITY_SECONDS)
         if not out.exists():

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.ab import Job, Pairs, rounds
-from harness.ab_blocks import BlockFailed, measure_block, parity_rows
-from harness.ab_checkouts import Side, top_of, within
+from harness.ab_blocks import BlockFailed, BlockWrong, measure_block, parity_rows
+from harness.ab_checkouts import BASE, HEAD, Side, top_of, within
 from harness.cell_rows import Job as RunJob
 from harness.cell_rows import base_row
 from harness.models import open_model
@@ -141,6 +141,8 @@ class Work:
             schemes = ",".join(self.cells[i].cell.scheme for i in numbers)
             words = ["--backend", self.backend_of(side, backend), "--model", model, "--quant", schemes]
             words += ["--device", device, "--threads", str(threads), "--seed", str(self.request.seed)]
+            work = self.request.workload
+            words += ["--prompt-tokens", str(work.prompt_tokens), "--decode-tokens", str(work.decode_tokens)]
             found.append((words, numbers))
         return found
 
@@ -160,32 +162,41 @@ class Work:
                 missing.append(f"{judged.names['backend']} {judged.names['scheme']}: not judged in head")
         for i, cell in enumerate(self.cells):
             for metric in METRICS:
-                if (i, metric) in self.looks.answers:
+                if (i, metric) in self.looks.answers and not cell.wrong:
                     row = self.row(cell.cell, metric)
                     lines.append(line_of(row, arms[i, metric], self.looks.answers[i, metric]))
-            for name, why in cell.failed.items():
-                label = f"{cell.cell.backend} {cell.cell.scheme}"
-                notes.append(f"{label} cannot be measured in {name}: {why}")
-                if name == "head" and "base" not in cell.failed:
-                    parity = [it for it in parity if it.names != names_of(self.row(cell.cell, "parity"))]
-                    parity.append(Judged(names_of(self.row(cell.cell, "parity")), "PASS", "CRASHED", why, True))
-                else:
-                    missing.append(f"{label}: {why}")
+            label = f"{cell.cell.backend} {cell.cell.scheme}"
+            for name, error in cell.failed.items():
+                is_what = "is wrong" if isinstance(error, BlockWrong) else "cannot be measured"
+                notes.append(f"{label} {is_what} in {name}: {error}")
+                told = parity[i]
+                verdicts = {BASE: told.base, HEAD: told.head, name: error.verdict}
+                parity[i] = replace(told, base=verdicts[BASE], head=verdicts[HEAD], why=str(error))
+            if BASE in cell.failed:
+                missing.append(f"{label}: {cell.failed[BASE]}")
         names = (f"{self.sides[0].revision}", f"{self.sides[1].revision}")
         return comparison(names, self.rules, lines, parity, notes, missing)
 
     def rows(self) -> list[Row]:
         """Everything measured: a row for each side, cell and metric."""
-        found = []
-        for i, cell in enumerate(self.cells):
-            for number, side in enumerate(self.sides):
-                judged = (self.parity[i].base, self.parity[i].head)[number] if i < len(self.parity) else None
-                for metric in METRICS if cell.pairs else ():
-                    last = cell.pairs[-1][number]
-                    row = replace(
-                        self.row(cell.cell, metric), driver=last.drivers[metric], backend_version=last.version,
-                        verdict=judged, isolated=True,
-                    )  # fmt: skip
-                    about = {"side": side.name, "revision": side.revision, "head_first": cell.head_first}
-                    found.append(side_row(row, [pair[number].ns[metric] for pair in cell.pairs], about))
-        return found
+        return [
+            self._side_row(i, number, metric)
+            for i, cell in enumerate(self.cells)
+            for number in (0, 1)
+            for metric in METRICS
+            if cell.pairs or cell.wrong
+        ]
+
+    def _side_row(self, i: int, number: int, metric: str) -> Row:
+        """All blocks of one side; of a wrong one, its verdict in their place."""
+        cell, side = self.cells[i], self.sides[number]
+        about = {"side": side.name, "revision": side.revision, "head_first": cell.head_first}
+        row, error = replace(self.row(cell.cell, metric), isolated=True), cell.failed.get(side.name)
+        if isinstance(error, BlockWrong):
+            return replace(row, verdict=error.verdict, reason=f"no speed: {error}", extra={**row.extra, "ab": about})
+        judged = self.parity[i]
+        row = replace(row, verdict=(judged.base, judged.head)[number])
+        if cell.pairs:
+            last = cell.pairs[-1][number]
+            row = replace(row, driver=last.drivers[metric], backend_version=last.version)
+        return side_row(row, [pair[number].ns[metric] for pair in cell.pairs], about)

@@ -16,7 +16,7 @@ import pytest
 
 import harness.ab
 import reports.ab_work
-from harness.ab_blocks import Block, BlockFailed, measure_block, parity_rows
+from harness.ab_blocks import Block, BlockFailed, BlockWrong, measure_block, parity_rows
 from harness.ab_checkouts import CheckoutError, Side, checkouts, within
 from harness.options import parse
 from harness.store import read
@@ -136,12 +136,64 @@ def test_a_block_runs_the_code_of_its_side(untouched: Path, small: str) -> None:
             measure_block(head, spec(head.root, small), timeout=0.01)
 
 
+#: What an adapter does wrong in calls of more than 260 tokens, and what is said of it.
+WRONG = {
+    "np.full_like(out[0], np.nan)": "prefill: logit 0 is nan at step 0 of warm-up 0",
+    "np.zeros_like(out[0])": "timed prefill (against short calls)",
+}
+
+
+def breaks_when_long(root: Path, how: str) -> None:
+    """Head's adapter gives wrong logits for long calls; its short calls and its state are right."""
+    lines = f"        if len(tokens) > 260:\n            out = {how}, out[1]\n        return out\n"
+    (root / "mine.py").write_text(ADAPTER.replace("        return out\n", lines))
+    git(root, "commit", "-q", "-a", "-m", "wrong")
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_block_gives_no_time_for_what_is_wrong(untouched: Path, small: str, state: Path, how: str) -> None:
+    breaks_when_long(untouched, how)
+    with sides(untouched) as (base, head):
+        long = {"metrics": ["prefill", "decode"], "prompt_tokens": 300, "repeats": 1}
+        assert set(measure_block(base, spec(base.root, small, **long)).ns) == {"prefill", "decode"}
+        assert set(measure_block(head, spec(head.root, small, **long | {"prompt_tokens": 8})).ns)
+        with pytest.raises(BlockWrong, match=re.escape(WRONG[how])):
+            measure_block(head, spec(head.root, small, **long))
+
+
+def test_what_decode_has_chosen_is_checked(untouched: Path, small: str, state: Path) -> None:
+    """An adapter that is right until it has been asked for sixty single steps."""
+    steps = "        self.n = getattr(self, 'n', 0) + (len(tokens) == 1)\n        return (-out[0], out[1]) if self.n"
+    (untouched / "mine.py").write_text(ADAPTER.replace("        return out\n", f"{steps} > 60 else out\n"))
+    git(untouched, "commit", "-q", "-a", "-m", "wrong")
+    with sides(untouched) as (_, head):
+        asked = spec(head.root, small, decode_tokens=32)
+        with pytest.raises(BlockWrong, match=r"^decode after timing|^timed decode"):
+            measure_block(head, asked)
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_parity_is_of_the_workload_that_is_timed(untouched: Path, small: str, state: Path, how: str) -> None:
+    breaks_when_long(untouched, how)
+    verdicts = {}
+    with sides(untouched) as both:
+        for side in both:
+            words = ["--backend", str(side.root / "mine.py"), "--model", small, "--quant", "fp32", "--threads", "1"]
+            rows = parity_rows(side, [*words, "--prompt-tokens", "300", "--decode-tokens", "4"])
+            verdicts[side.name] = {row["metric"]: row["verdict"] for row in rows}
+    assert set(verdicts["base"].values()) == {"PASS"}
+    assert verdicts["head"]["parity"] == "FAIL"
+
+
 class Machine:
     """Stands in for processes: block times with noise that lasts, head slower by ``slowdown``; a block takes 1 s."""
 
-    def __init__(self, slowdown: float = 0.0, ends: int | None = None, broken: str | None = None) -> None:
+    def __init__(
+        self, slowdown: float = 0.0, ends: int | None = None, broken: str | None = None, wrong: str | None = None
+    ) -> None:
         self.rng = np.random.default_rng(0)
-        self.slowdown, self.ends, self.broken = slowdown, ends, broken
+        self.slowdown, self.ends, self.broken, self.wrong = slowdown, ends, broken, wrong
+        self.asked: list[list[str]] = []
         self.calls: list[str] = []
         self.level = 0.0
         self.clock = 0.0
@@ -156,6 +208,8 @@ class Machine:
             raise KeyboardInterrupt
         if self.broken == side.name:
             raise BlockFailed("killed by SIGSEGV: no more words")
+        if self.wrong == side.name and len(self.calls) > 40:
+            raise BlockWrong("prefill: logit 0 is nan at step 0 of sample 0")
         self.level = 0.9 * self.level + self.rng.normal(0, 0.05)  # drift far larger than the difference
         slow = 1 / (1 - self.slowdown) if side.name == "head" else 1.0
         ns = {
@@ -164,8 +218,8 @@ class Machine:
         }
         return Block(ns, dict.fromkeys(ns, "loop") | {"prefill": None}, "1.0")
 
-    @staticmethod
-    def parity(side: Side, words: list[str]) -> list[dict[str, Any]]:
+    def parity(self, side: Side, words: list[str]) -> list[dict[str, Any]]:
+        self.asked.append(list(words))
         return [{"scheme": "fp32", "verdict": "PASS", "reason": "worst position"}]
 
 
@@ -238,6 +292,32 @@ def test_a_head_that_crashes_is_a_regression(ab: Callable[..., Done]) -> None:
     base = ab(Machine(broken="base"))
     assert base.code == 4
     assert "cannot be measured in base" in base.out
+
+
+def test_a_block_that_is_wrong_takes_the_speed_away(ab: Callable[..., Done], tmp_path: Path) -> None:
+    """Also the one of a reading before, after 12 pairs."""
+    store = tmp_path / "rows.jsonl"
+    done = ab(Machine(wrong="head"), "--effect", "1.1%", "--store", str(store))
+    assert done.code == 1
+    assert "PASS → FAIL" in done.out
+    assert "is wrong in head: prefill: logit 0 is nan" in done.out
+    assert "tok/s" not in done.out
+    rows = {(row.extra["ab"]["side"], row.metric): row for row in read(store)}
+    assert {rows["head", metric].value for metric in ("prefill", "decode")} == {None}
+    assert {rows["head", metric].verdict for metric in ("prefill", "decode")} == {"FAIL"}
+    assert rows["base", "decode"].value is not None
+    base = ab(Machine(wrong="base"), "--effect", "1.1%")
+    assert "is wrong in base" in base.out
+    assert "FAIL → PASS" in base.out
+
+
+def test_parity_is_asked_for_the_lengths_that_are_timed(ab: Callable[..., Done]) -> None:
+    machine = Machine()
+    ab(machine, "--prompt-tokens", "300", "--decode-tokens", "5", "--effect", "20%", "--margin", "10%")
+    for words in machine.asked:
+        assert words[words.index("--prompt-tokens") + 1] == "300"
+        assert words[words.index("--decode-tokens") + 1] == "5"
+    assert len(machine.asked) == 2
 
 
 def test_a_head_that_is_wrong_is_not_timed(ab: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +394,7 @@ def test_parity_of_a_side_comes_from_its_own_code(untouched: Path, small: str) -
     with sides(untouched) as (base, _):
         words = ["--backend", str(base.root / "mine.py"), "--model", small, "--quant", "fp32", "--threads", "1"]
         rows = parity_rows(base, words)
-    assert {row["metric"] for row in rows} <= {"parity", "state_parity"}
+    assert {row["metric"] for row in rows} >= {"parity", "prefill", "decode"}
     assert {row["verdict"] for row in rows} == {"PASS"}
 
 
