@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from backends.api import Unavailable, Unsupported
-from harness.hardware import Hardware
+from harness.hardware import Hardware, describe
 from harness.isolation.child import ChildDied, ChildTimedOut
 from harness.isolation.remote import RemoteError, RemoteSession
 from harness.machine.facts import facts
-from harness.machine.probe import Measured, ProbeFailed, cpu_rates, kept
+from harness.machine.probe import Measured, ProbeFailed, cpu_rates, kept, of_this_run
 from harness.machine.work import measure_device
 from harness.roofline import FITS, Rates, decode_fraction, matrix_rate, prefill_fraction
 from harness.rows import Row
@@ -92,19 +92,20 @@ class Roofline:
         place, session = self._hardware, self._opened.session
         if place.host is None and place.device == "cpu":
             return cpu_rates(self._threads, self._opened.cpus, higher=self._anew)
+        keep, detail = (kept if place.device == "cpu" else of_this_run), describe(place)
         key = {
             "host": place.host,
             "device": place.device,
             "name": place.detail,
-            "driver": place.facts.get("driver"),
+            **{name: detail.get(name) for name in ("driver", "power_limit_w", "max_mhz")},
             "threads": self._threads,
             "backend": self._opened.info.name,
             "version": self._opened.version,
         }
         if isinstance(session, RemoteSession):
             line, threads = session.line, self._threads
-            return kept(key, lambda: line.ask("rates", device=place.device, threads=threads)[0], higher=self._anew)
-        return kept(key, partial(measure_device, place.device), higher=self._anew)
+            return keep(key, lambda: line.ask("rates", device=place.device, threads=threads)[0], higher=self._anew)
+        return keep(key, partial(measure_device, place.device), higher=self._anew)
 
 
 def _factors(activations: str) -> str:

@@ -1,7 +1,7 @@
 """Measured rates of this machine: asked of a process of its own, kept until the machine or its libraries change.
 
 A processor is measured in a fresh interpreter that has as many threads as the cells have; a graphics device or
-another host in the process of the backend that is measured there.
+another host in the process of the backend that is measured there, and a graphics device anew in every run.
 
 Needs only the standard library and numpy, and Python 3.9, because foreign interpreters run it.
 """
@@ -90,15 +90,33 @@ def kept(
     known = _read(path)
     if known is not None and not (again or higher):
         return known
-    taken = measure()
-    rates = [taken["read_bytes_per_s"], *taken["flops"].values()]
-    if not all(isinstance(rate, float) and math.isfinite(rate) and rate > 0 for rate in rates):
-        raise ProbeFailed("the probe gave rates that are no rates")
+    taken = _sound(measure())
     taken["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     taken["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if higher and known is not None:
         taken = _best(taken, known)
     _write(path, {"key": dict(key), "taken": taken})
+    return taken
+
+
+#: Of devices, as this process has measured them.
+_OF_THIS_RUN: dict[str, Measured] = {}
+
+
+def of_this_run(key: Mapping[str, Any], measure: Callable[[], Measured], higher: bool = False) -> Measured:
+    """The same for this process alone: what clocks and heat allow a device today is not what they did last month."""
+    name = json.dumps(key, sort_keys=True)
+    known = _OF_THIS_RUN.get(name)
+    if known is None or higher:
+        taken = _sound(measure())
+        _OF_THIS_RUN[name] = taken if known is None else _best(taken, known)
+    return _OF_THIS_RUN[name]
+
+
+def _sound(taken: Measured) -> Measured:
+    rates = [taken["read_bytes_per_s"], *taken["flops"].values()]
+    if not all(isinstance(rate, float) and math.isfinite(rate) and rate > 0 for rate in rates):
+        raise ProbeFailed("the probe gave rates that are no rates")
     return taken
 
 
