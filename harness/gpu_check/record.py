@@ -16,7 +16,7 @@ from harness.hardware import Hardware, describe
 from harness.rows import Row
 
 #: Packages whose versions a figure depends on.
-_PACKAGES = ("torch", "triton", "flash-linear-attention", "rwkv", "transformers", "mlx", "numpy")
+_PACKAGES = ("torch", "triton", "flash-linear-attention", "fla-core", "rwkv", "transformers", "mlx", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -48,6 +48,12 @@ def profile(hardware: Hardware, rehearsal: bool) -> dict[str, Any]:
 def kept(row: Row, step: str, setting: Mapping[str, Any]) -> Row:
     """A measured row as it is recorded, under which step and versions."""
     return replace(row, kind="recorded", extra={**row.extra, "gpu_check": {"step": step, **setting}})
+
+
+def completed(row: Row, line: str, card: Card | None) -> Row:
+    """A row with its command line, and the card as it was before, where it has not said so itself."""
+    about = {**(card.detail() if card is not None else {}), **(row.hardware_detail or {})}
+    return replace(row, command=row.command or line, hardware_detail=about or None)
 
 
 def failed(command: Command, hardware: Hardware, run: str, verdict: str, reason: str, line: str) -> Row:

@@ -5,7 +5,7 @@ Sizes of a rehearsal are small enough for Triton's interpreter; what is run is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reference.config import Config
@@ -61,6 +61,7 @@ class Setting:
     models    sizes to time: names or files
     small     the model that is judged with every scheme
     overflow, point  the file of :mod:`harness.gpu_check.overflow`, and what overflows in it
+    parameters  of each model
     """
 
     device: str
@@ -70,6 +71,7 @@ class Setting:
     overflow: str
     point: str
     rehearsal: bool = False
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -105,12 +107,22 @@ def steps(setting: Setting) -> tuple[Step, ...]:
         Step("parity", "every backend and scheme against the reference", 90, _parity(setting)),
         Step("localize", "an overflow planted in fp16 is found where it is", 60, _localize(setting)),
         *(
-            Step(f"throughput-{_short(model)}", f"prefill and decode, {_short(model)}", seconds, _timed(setting, model))
-            for model, seconds in zip(setting.models, (60, 120, 200, 480), strict=False)
+            Step(
+                f"throughput-{_short(model)}",
+                f"prefill and decode, {_short(model)}",
+                seconds_of(setting.parameters.get(model, 0)),
+                _timed(setting, model),
+            )
+            for model in setting.models
         ),
         Step("wkv", "the WKV kernel against fla.ops.rwkv4", 30, _wkv(setting)),
         Step("ablation", "decode with one thing changed at a time", 120, _ablation(setting)),
     )
+
+
+def seconds_of(parameters: int) -> int:
+    """About what all backends take with a model of that size on a large GPU."""
+    return round(40 + 60 * parameters / 1e9)
 
 
 def _parity(setting: Setting) -> tuple[Command, ...]:
@@ -135,7 +147,7 @@ def _localize(setting: Setting) -> tuple[Command, ...]:
             if scheme in offer.schemes:
                 overflows = scheme == "q0f16" or offer.backend != "triton"
                 words = ("localize", "--model", setting.overflow, *_cell(offer.backend, scheme, setting), "--no-fix")
-                expected = setting.point if overflows and offer.backend != "rwkv" else None
+                expected = setting.point if overflows else None
                 model = "overflow"
                 found.append(Command(LOCALIZED, words, offer.backend, scheme, model, setting.environment, expected))
     return tuple(found)
@@ -158,7 +170,7 @@ def _wkv(setting: Setting) -> tuple[Command, ...]:
     tokens, width = _WKV_REHEARSED if setting.rehearsal else _WKV
     found = []
     words: tuple[str, ...]
-    for kernel in ("triton", "fla") if setting.device != "mps" else ():
+    for kernel in ("triton", "fla") if any(offer.backend == "triton" for offer in setting.offers) else ():
         words = ("suites.throughput.compare_wkv", "--kernel", kernel, "--device", setting.device)
         words = (*words, "--tokens", tokens, "--width", width)
         found.append(Command(LINES, words, kernel, "fp16", f"wkv-{width}", setting.environment))
@@ -167,37 +179,27 @@ def _wkv(setting: Setting) -> tuple[Command, ...]:
 
 def _ablation(setting: Setting) -> tuple[Command, ...]:
     found = []
-    words: tuple[str, ...]
+    model = setting.models[0]
     for offer in setting.offers:
-        for variant in VARIANTS:
-            if variant.fits(offer):
-                scheme = variant.scheme or offer.timed[0]
-                words = ("--model", setting.models[0], *_cell(offer.backend, scheme, setting), *variant.words)
+        for scheme, changed in VARIANTS.get(offer.backend, ()):
+            if scheme in offer.schemes:
+                words = ("--model", model, *_cell(offer.backend, scheme, setting), *changed)
                 steps_of = ("--decode-tokens", "3" if setting.rehearsal else "64")
                 words = ("harness.gpu_check.ablate", *words, *steps_of)
-                model = _short(setting.models[0])
-                found.append(Command(LINES, words, offer.backend, scheme, model, setting.environment))
+                found.append(Command(LINES, words, offer.backend, scheme, _short(model), setting.environment))
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One thing changed: how decode is driven, or the arithmetic; of some backends, for some scheme."""
+_HOST_LOOP, _RESCALED = ("--driver", "loop"), ("--rescale-every", "6")
 
-    words: tuple[str, ...]
-    fits: Callable[[Offer], bool]
-    scheme: str | None = None
-
-
-#: The first is what the others are held against: the backend's own loop on the device, which is one CUDA graph a
-#: step in triton; then the host's loop over ``forward``; then the residual stream halved on its way.
-VARIANTS: Sequence[Variant] = (
-    Variant((), lambda offer: True),
-    Variant(("--driver", "loop"), lambda offer: True),
-    Variant(("--rescale-every", "6"), lambda offer: offer.backend == "torch", "fp16"),
-    Variant((), lambda offer: "q0f16" in offer.schemes, "q0f16"),
-    Variant(("--rescale-every", "6"), lambda offer: "q0f16" in offer.schemes and offer.backend == "triton", "q0f16"),
-)
+#: Backend -> (scheme, what is changed), of backends in which something can be. The first is what the others are held
+#: against: the backend's own loop on the device, which is one CUDA graph a step in triton, whose fp16 keeps its stream
+#: in fp32; then the host's loop over ``forward``; half precision throughout; the stream halved on its way.
+VARIANTS: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]] = {
+    "torch": (("fp16", ()), ("fp16", _HOST_LOOP), ("fp16", _RESCALED)),
+    "triton": (("fp16", ()), ("fp16", _HOST_LOOP), ("q0f16", ()), ("q0f16", _RESCALED)),
+    "mlx": (("fp16", ()), ("fp16", _HOST_LOOP)),
+}
 
 
 def _cell(backend: str, scheme: str, setting: Setting) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from harness.gpu_check.steps import LOCALIZED, ROWS, Command, Step
 from harness.hardware import Hardware
 from harness.names import one_line
 from harness.rows import Row, RowError
-from harness.status import NOT_AVAILABLE
+from harness.status import FAILED, NOT_AVAILABLE, PASSED, row_code
 from harness.store import StoreError, read
 
 Emit = Callable[[Row], None]
@@ -90,28 +90,37 @@ def _rows(command: Command, job: Job, seconds: float | None) -> list[Row]:
     def failed(verdict: str, why: str) -> Row:
         return record.failed(command, job.hardware, job.run, verdict, why, line_of(command))
 
-    if command.kind == LOCALIZED and answer.status in (0, 1):
+    if command.kind == LOCALIZED and answer.status in (PASSED, FAILED):
         try:
             rows = [record.localized(command, job.hardware, job.run, json.loads(answer.out), line_of(command))]
         except ValueError as error:
             rows = [failed("CRASHED", f"its answer is no JSON: {error}")]
     elif lost is not None:
         rows.append(failed("CRASHED", lost))
-    if answer.status is None:
-        rows.append(failed("TIMEOUT", f"ended after {seconds:.0f} s, when the budget was spent; {len(rows)} rows kept"))
-    elif answer.status < 0:
-        rows.append(failed("CRASHED", f"killed by {_signal(answer.status)}: {answer.last_words}"))
-    elif not rows:
-        verdict = "UNAVAILABLE" if answer.status == NOT_AVAILABLE else "CRASHED"
-        rows.append(failed(verdict, f"exit status {answer.status}: {answer.last_words}"))
+    ended = _ended_badly(command, answer, rows, seconds)
+    if ended is not None:
+        rows.append(failed(*ended))
     after = card_of(job.hardware.device)
     kept_back, others = record.not_given_back(before, after), record.shared(before, after)
     if kept_back and others:
         note = f"{kept_back}, which may be theirs: the card is {others}"
-        return [replace(row, extra={**row.extra, "device_memory": note}) for row in rows]
-    if kept_back:
+        rows = [replace(row, extra={**row.extra, "device_memory": note}) for row in rows]
+    elif kept_back:
         rows.append(failed("FAIL", kept_back))
-    return rows
+    return [record.completed(row, line_of(command), before) for row in rows]
+
+
+def _ended_badly(command: Command, answer: Answer, rows: list[Row], seconds: float | None) -> tuple[str, str] | None:
+    """Verdict and reason of an end that no row of the command accounts for; ``None`` where one does."""
+    if answer.status is None:
+        return "TIMEOUT", f"ended after {seconds:.0f} s, when the budget was spent; {len(rows)} rows kept"
+    if answer.status < 0:
+        return "CRASHED", f"killed by {_signal(answer.status)}: {answer.last_words}"
+    told = command.kind == LOCALIZED or answer.status in {PASSED, *(row_code(row, True) for row in rows)}
+    if rows and told:
+        return None
+    verdict = "UNAVAILABLE" if answer.status == NOT_AVAILABLE else "CRASHED"
+    return verdict, f"exit status {answer.status}: {answer.last_words}"
 
 
 def _measured(command: Command, store: Path, answer: Answer) -> tuple[list[Row], str | None]:

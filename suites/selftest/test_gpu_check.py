@@ -56,16 +56,35 @@ def test_the_list_has_all_that_needs_a_gpu() -> None:
         ("torch", "fp16"): point,
         ("triton", "fp16"): None,  # its stream and its squares are float32
         ("triton", "q0f16"): point,
-        ("rwkv", "fp16"): None,  # rescales
+        ("rwkv", "fp16"): point,  # rescales its stream, and squares in fp16 first
     }
     timed = {(c.backend, c.scheme) for c in found["throughput-7b-world"].commands}
     assert timed == {("triton", "q0f16,fp16,q4f16_1"), ("torch", "fp16"), ("rwkv", "fp16")}
     assert ("torch", "fp16,bf16") in {(c.backend, c.scheme) for c in found["throughput-169m"].commands}
     assert {c.words[c.words.index("--prompt-tokens") + 1] for c in found["throughput-169m"].commands} == {"512", "2048"}
     assert [c.backend for c in found["wkv"].commands] == ["triton", "fla"]
-    ablated = [" ".join(c.words) for c in found["ablation"].commands]
-    assert any("--backend triton --quant q0f16" in words and "--driver loop" in words for words in ablated)
-    assert any("--backend triton --quant q0f16" in words and "--rescale-every 6" in words for words in ablated)
+    ablated = [" ".join(c.words) for c in found["ablation"].commands if c.backend == "triton"]
+    for scheme, changed in (("fp16", ""), ("fp16", "--driver loop "), ("q0f16", ""), ("q0f16", "--rescale-every 6 ")):
+        what = f"--backend triton --quant {scheme} --device cuda:0 {changed}--decode-tokens"
+        assert sum(what in words for words in ablated) == 1, what
+
+
+def test_no_command_comes_twice() -> None:
+    for setting in (SETTING, replace(SETTING, device="cpu", rehearsal=True)):
+        every = [command.words for step in steps(setting) for command in step.commands]
+        assert len(set(every)) == len(every)
+
+
+def test_any_number_of_models_is_timed_and_larger_ones_are_said_to_take_longer() -> None:
+    sizes = {"169m": 169_000_000, "1b5": 1_500_000_000, "3b": 3_000_000_000, "7b": 7_400_000_000, "14b": 14_000_000_000}
+    found = [s for s in steps(replace(SETTING, models=tuple(sizes), parameters=sizes)) if s.name.startswith("through")]
+    assert [s.name for s in found] == [f"throughput-{name}" for name in sizes]
+    assert [s.seconds for s in found] == sorted({s.seconds for s in found})
+
+
+def test_wkv_is_a_step_of_the_backend_whose_kernel_it_is() -> None:
+    found = {step.name: step for step in steps(replace(SETTING, offers=OFFERS[:1]))}
+    assert found["wkv"].commands == ()
 
 
 def test_every_command_names_the_device_and_a_rehearsal_interprets() -> None:
@@ -147,6 +166,51 @@ def test_a_failure_is_a_row(code: str, verdict: str, said: str, monkeypatch: pyt
     row = ran(code, monkeypatch)[0]
     assert (row.verdict, row.backend, row.hardware, row.kind) == (verdict, "torch", "h200", "recorded")
     assert str(row.reason).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("row", "status", "added"),
+    [
+        ("PASS", 1, "CRASHED"),  # by an exception
+        ("PASS", 2, "CRASHED"),
+        ("PASS", 3, "UNAVAILABLE"),
+        ("PASS", 4, "CRASHED"),
+        ("FAIL", 4, "CRASHED"),
+        ("CRASHED", 1, "CRASHED"),
+        ("FAIL", 1, None),
+        ("UNAVAILABLE", 3, None),
+        ("UNAVAILABLE", 0, None),
+        ("TIMEOUT", 4, None),
+    ],
+)
+@pytest.mark.parametrize("kind", [LINES, ROWS])
+def test_a_status_that_no_row_accounts_for_is_a_row(
+    row: str, status: int, added: str | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = line(measured(verdict=row))
+    said = f"print({text!r})" if kind == LINES else f"open(sys.argv[1], 'w').write({text!r})"
+    rows = ran(f"import sys; {said}; print('last words', file=sys.stderr); sys.exit({status})", monkeypatch, kind)
+    assert [it.verdict for it in rows] == [row, *([added] if added else [])]
+    if added:
+        assert rows[1].reason == f"exit status {status}: last words"
+
+
+def test_every_row_has_its_command_and_the_card_as_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Process(4711, "/usr/bin/trainer", 1 << 30)
+    card = Card(0, "u", "H200", 100 << 30, None, 1980, None, "570", (other,))
+    monkeypatch.setattr(work, "card_of", lambda device: card)
+    finding = json.dumps({"verdict": "non-finite", "point": "blocks.4.ffn.k2", "cause": "c", "token_index": 8})
+    of = [ran(f"print({line(measured(verdict='PASS', value=1.0))!r})", monkeypatch)[0]]
+    of += [ran(f"print({finding!r})", monkeypatch, LOCALIZED)[0], ran("import sys; sys.exit('no')", monkeypatch)[0]]
+    for row in of:
+        assert "--device cuda:0" in str(row.command)
+        detail = row.hardware_detail or {}
+        assert (detail["free_bytes_before"], detail["clock_mhz"], detail["driver"]) == (100 << 30, 1980, "570")
+        assert detail["other_processes"] == ["trainer (pid 4711, 1.0 GiB)"]
+    own = ran(f"print({line(measured(verdict='PASS', command='c', hardware_detail={'driver': '1'}))!r})", monkeypatch)[
+        0
+    ]
+    assert (own.command, (own.hardware_detail or {})["driver"]) == ("c", "1")
 
 
 @pytest.mark.parametrize(
