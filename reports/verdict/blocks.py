@@ -3,7 +3,8 @@
 What one process measures shares its memory layout and its minute: blocks of it say nothing of how the next process
 will differ, so a run is worth one value, the median of its blocks. A block that has a process of its own (``run
 --fresh``, ``ab``) is a run. A block (``blocks``: start and count; without them the whole row) is worth the mean of its
-samples' logarithms. Blocks that the row leaves out as disturbed are left out, and counted.
+samples' logarithms. Blocks that the row leaves out as disturbed are left out, and counted. Runs that follow each other
+without a pause are no more independent than blocks are, and count as one (:mod:`reports.verdict.spacing`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 
 from harness.rows import Row, cell, identity
 from reference.errors import InputError
+from reports.verdict import spacing
+from reports.verdict.spacing import Span
 
 #: What is compared: speeds, and the time to the first token where it is asked for.
 SPEEDS = ("prefill", "decode")
@@ -27,16 +30,27 @@ _TIMED = ("PASS", "UNSUPPORTED", None)
 
 @dataclass
 class Series:
-    """One cell and metric in one file; ``runs``: logarithms of the block times in ns of each run, in order of time."""
+    """One cell and metric in one file.
+
+    runs      logarithms of the block times in ns of each run, in order of time
+    spans     when each of them began and ended
+    left_out  blocks that do not count, being disturbed
+    """
 
     row: Row
     runs: dict[tuple[Any, ...], list[float]] = field(default_factory=dict)
+    spans: dict[tuple[Any, ...], Span] = field(default_factory=dict)
     left_out: int = 0
 
     @property
     def times(self) -> np.ndarray:
         """``(runs,)``: the median of each run's blocks."""
         return np.array([float(np.median(logs)) for logs in self.runs.values()])
+
+    @property
+    def apart(self) -> np.ndarray:
+        """``(sittings,)``: the same of runs with pauses between them; those without count as one."""
+        return spacing.apart(self.times, list(self.spans.values()))
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ def read_rows(rows: Sequence[Row], metrics: Sequence[str] = SPEEDS) -> File:
     measured = [row for row in rows if row.kind == "measured"]
     for row in measured:
         own.setdefault(identity(row), row)
+    spans = _spans(list(own.values()))
     series: dict[tuple[Any, ...], Series] = {}
     verdicts: dict[tuple[Any, ...], tuple[str, str, str]] = {}
     known: dict[tuple[Any, ...], Row] = {}
@@ -69,7 +84,7 @@ def read_rows(rows: Sequence[Row], metrics: Sequence[str] = SPEEDS) -> File:
             verdicts[key] = _worst(verdicts.get(key), row)
         if row.metric in metrics and row.samples and row.verdict in _TIMED:
             found = series.setdefault((key, row.metric), Series(row))
-            _add(found, row)
+            _add(found, row, spans)
     said = {key: (verdict, why) for key, (verdict, why, _) in verdicts.items()}
     return File(series, said, known, len(measured) - len(own))
 
@@ -79,18 +94,19 @@ def cell_of(row: Row) -> tuple[Any, ...]:
     return cell(replace(row, driver=None, quality=None))
 
 
-def _add(series: Series, row: Row) -> None:
-    """The blocks of one more row."""
+def _add(series: Series, row: Row, spans: Mapping[tuple[Any, ...], Span]) -> None:
+    """The blocks of one more row; ``spans``: when its run measured its cell."""
     apart = _processes_apart(row)
     samples = np.asarray(row.samples, dtype=float)
     if not (samples > 0).all():
         raise InputError(f"{row.backend} {row.scheme}, {row.metric}: a sample is not above 0 ns; measure it again")
-    for start, count, disturbed in _spans(row, len(samples)):
+    for start, count, disturbed, when in _blocks(row, len(samples)):
         if disturbed:
             series.left_out += 1
         else:
             run = (row.run, row.time, start) if apart else (row.run,)
             series.runs.setdefault(run, []).append(float(np.log(samples[start : start + count]).mean()))
+            series.spans[run] = _both(series.spans.get(run), when or spans[cell_of(row), row.run])
 
 
 def _processes_apart(row: Row) -> bool:
@@ -98,15 +114,14 @@ def _processes_apart(row: Row) -> bool:
     return bool((row.sampling or {}).get("fresh")) or "ab" in row.extra
 
 
-def _spans(row: Row, total: int) -> list[tuple[int, int, bool]]:
-    """Start, count and whether it is to be left out, of each block of a row."""
-    blocks = getattr(row, "blocks", None) or row.extra.get("blocks")
-    if not blocks:
-        return [(0, total, False)]
+def _blocks(row: Row, total: int) -> list[tuple[int, int, bool, Span | None]]:
+    """Start, count, whether it is to be left out, and when it was taken, of each block of a row."""
+    if not row.blocks:
+        return [(0, total, False, None)]
     found = []
-    for block in blocks:
+    for block in row.blocks:
         try:
-            start, count = int(block["start"]), int(block["count"])
+            start, count, when = int(block["start"]), int(block["count"]), _when(block)
         except (TypeError, KeyError, ValueError):
             raise InputError(f"{row.backend} {row.scheme}, {row.metric}: a block without start and count") from None
         if not 0 <= start <= start + count <= total:
@@ -115,8 +130,33 @@ def _spans(row: Row, total: int) -> list[tuple[int, int, bool]]:
                 f"there are {total}"
             )
         if count:
-            found.append((start, count, bool(block.get("left_out"))))
+            found.append((start, count, bool(block.get("left_out")), when))
     return found
+
+
+def _when(block: Mapping[str, Any]) -> Span | None:
+    """When a block was taken, where it says."""
+    if not block.get("time"):
+        return None
+    began = spacing.seconds(str(block["time"]))
+    return began, began + float(block.get("seconds") or 0.0)
+
+
+def _spans(rows: Sequence[Row]) -> dict[tuple[Any, ...], Span]:
+    """(cell, run) -> from when to when it was measured, as its rows and their blocks say."""
+    found: dict[tuple[Any, ...], Span] = {}
+    for row in rows:
+        written, at = spacing.seconds(row.time or ""), (cell_of(row), row.run)
+        samples = sum(row.samples or ()) / 1e9 if row.metric in METRICS else 0.0
+        found[at] = _both(found.get(at), (written - samples, written))
+        for block in row.blocks or ():
+            found[at] = _both(found[at], _when(block) or found[at])
+    return found
+
+
+def _both(known: Span | None, more: Span) -> Span:
+    """The time that holds both."""
+    return more if known is None else (min(known[0], more[0]), max(known[1], more[1]))
 
 
 _ORDER = ("CRASHED", "TIMEOUT", "FAIL", "UNAVAILABLE", "UNSUPPORTED", "PASS")

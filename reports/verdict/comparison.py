@@ -14,6 +14,7 @@ from harness.stats import derived
 from reports.verdict.blocks import File, Series
 from reports.verdict.decision import FASTER, NO_SLOWER, SLOWER, UNDECIDED, Answer, Rules, judge, prepared
 from reports.verdict.permutation import Arms
+from reports.verdict.spacing import PAUSE, needed_text
 
 #: Verdicts of a cell that computed what it should, as far as that can be judged.
 _SOUND = ("PASS", "UNSUPPORTED")
@@ -106,7 +107,7 @@ class Comparison:
 def compare(base: File, head: File, rules: Rules, names: tuple[str, str] = ("base", "head")) -> Comparison:
     """Two stored files: their runs stand in no relation to each other, so they are not pairs."""
     shared = [key for key in base.series if key in head.series]
-    ready, merged = prepared([Arms(base.series[key].times, head.series[key].times) for key in shared])
+    ready, merged = prepared([Arms(base.series[key].apart, head.series[key].apart) for key in shared])
     answers = judge(ready, rules, merged)
     lines = [_line(base.series[key], head.series[key], answer) for key, answer in zip(shared, answers, strict=True)]
     parity = [
@@ -151,6 +152,9 @@ def _line(base: Series, head: Series, answer: Answer) -> Line:
     for side, name in ((base, "base"), (head, "head")):
         if not side.runs:
             answer = replace(answer, why=f"all {side.left_out} blocks of {name} were disturbed; measure it again")
+        elif answer.decision == UNDECIDED and len(side.apart) < len(side.runs):
+            joined = f"{len(side.runs)} runs of {name} less than {PAUSE:g} s apart count as {len(side.apart)}"
+            answer = replace(answer, why=f"{answer.why}; {joined}")
     values = [typical_of(side.row, side.times) for side in (base, head)]
     return Line(
         names_of(head.row), head.row.metric, base.row.unit, values[0], values[1], answer, base.left_out + head.left_out
@@ -201,6 +205,8 @@ def _notes(base: File, head: File, names: tuple[str, str]) -> tuple[str, ...]:
         left_out = sum(series.left_out for series in file.series.values())
         if left_out:
             found.append(f"{name}: {left_out} blocks taken under disturbance are left out")
+        if any(len(series.apart) < len(series.runs) for series in file.series.values()):
+            found.append(f"{name}: runs less than {PAUSE:g} s apart count as one; leave pauses, or use ab")
     return tuple(found)
 
 
@@ -241,7 +247,7 @@ def _more(lines: Sequence[Line], merged: int, what: str) -> str:
     wanted = max((line.answer.needed or 0 for line in lone), default=0)
     noisy = len(others) - len(lacking)
     told = [
-        f"give {wanted} or more runs a side, or use ab" if lone else "",
+        needed_text(wanted) if lone else "",
         f"up to {max(lacking)} more {what} would tell" if lacking else "",
     ]
     if noisy == len(lines):

@@ -23,6 +23,7 @@ from reports.verdict import dependence
 from reports.verdict.exact import fewest, least_p, least_pair_p
 from reports.verdict.permutation import Arms, at_least, at_most, estimate, faster, slower
 from reports.verdict.power import POWER, SPARE, Noise, detectable, needed, noise
+from reports.verdict.spacing import needed_text
 
 SLOWER, FASTER, NO_SLOWER, UNDECIDED = "SLOWER", "FASTER", "NO SLOWER", "UNDECIDED"
 
@@ -141,7 +142,7 @@ def _answer(arms: Arms, decision: str, p: float, rules: Rules, cells: int, merge
 
 def lone_run(needed: int | None) -> str:
     """What to do about a side that was measured by one process: the next one may differ by more than its blocks do."""
-    return f"one run says nothing of how runs differ: give {needed} or more runs a side, or use ab"
+    return f"one run says nothing of how runs differ: {needed_text(needed)}"
 
 
 def _wanted(arms: Arms, left: Noise | None, ratio: float, rules: Rules, alpha: float) -> tuple[int | None, str]:

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reports.verdict import dependence
+from reports.verdict import dependence, spacing
 from reports.verdict.decision import Rules
 from reports.verdict.exact import MOST_BLOCKS, fewest
 from reports.verdict.permutation import Arms, slower
-from reports.verdict.power import needed, noise
+from reports.verdict.power import SPARE, needed, noise
 from reports.verdict.resample import A_ROW, PAIRS, Record, arms, draw
 
-CELLS, REPORTS = 40, 2000
+#: Cells of a report: few of them show least of how alike neighbours are, many raise most alarms.
+COUNTS = (1, 2, 4, 40)
+
+CELLS, REPORTS = COUNTS[-1], 2000
 
 #: Blocks of a first reading, from which the tool says how many it needs, and how many such readings are tried.
 PILOT, PILOTS = 20, 40
@@ -34,8 +37,9 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one way of drawing at one spread; ``blocks``: per arm, the median of what was asked for (None: too many).
+    """Of one way of drawing at one spread, in reports of so many ``cells``.
 
+    blocks                  per arm, the median of what was asked for (None: too many)
     alarms, margin_alarms   reports with an alarm, of ``reports``
     undecided               A/A reports that the tool declined to judge: too few independent blocks
     seen                    part of the slowed cells that were found, of ``tried``
@@ -43,6 +47,7 @@ class Rates:
 
     record: str
     how: str
+    cells: int
     spread: float
     blocks: int | None
     asked: tuple[int, int] | None
@@ -75,29 +80,43 @@ def rates(
     asked = ask(used, how, rules, cells, rng)
     known = [n for n in asked if n is not None]
     if len(known) <= len(asked) // 2:
-        return Rates(record.name, how, used.spread, None, None, 0, 0, 0, 0, math.nan, 0)
+        return Rates(record.name, how, cells, used.spread, None, None, 0, 0, 0, 0, math.nan, 0)
     blocks = int(np.median(known))
     alarms = at_margin = undecided = 0
     edge = -math.log(1 - rules.margin)
-    for same in _reports(used, how, reports, cells, blocks, rng):
+    for taken in _reports(used, how, reports, cells, blocks, rng):
+        same = counted(taken, used, how)
         for level, found in ((0.0, same), (edge, Arms(same.base, same.head + edge, same.paired))):
             raised, declined = _alarms(found, rules)
             alarms += raised * (level == 0)
             at_margin += raised * (level > 0)
             undecided += declined * (level == 0)
-        tell(f"{how}, spread {100 * used.spread:.1f} %: {blocks} blocks, {alarms} false alarms so far")
+        tell(f"{how}, {cells} cells, spread {100 * used.spread:.1f} %: {blocks} blocks, {alarms} false alarms so far")
     seen, tried = power(used, how, rules, known, cells, rng)
     low_high = (min(known), max(known))
-    return Rates(record.name, how, used.spread, blocks, low_high, reports, alarms, at_margin, undecided, seen, tried)
+    return Rates(
+        record.name, how, cells, used.spread, blocks, low_high, reports, alarms, at_margin, undecided, seen, tried
+    )
+
+
+def counted(found: Arms, record: Record, how: str) -> Arms:
+    """Arms of the blocks that count one by one, each block standing for a run: all that were drawn from anywhere, as
+    runs with pauses between them; of a row, those as far apart in time as :mod:`reports.verdict.spacing` asks."""
+    if how != A_ROW:
+        return found
+    spans = [(i * record.step, (i + 1) * record.step) for i in range(found.sizes[0])]
+    return Arms(spacing.apart(found.base, spans), spacing.apart(found.head, spans))
 
 
 def ask(record: Record, how: str, rules: Rules, cells: int, rng: np.random.Generator) -> list[int | None]:
     """What the tool asks for after each of ``PILOTS`` first readings of a slowed cell."""
     effect = -math.log(1 - rules.effect)
     base, head = draw(record, how, PILOTS, 1, PILOT, rng)
-    first = arms(base[:, 0], head[:, 0] + effect, how)
+    first = counted(arms(base[:, 0], head[:, 0] + effect, how), record, how)
     alpha = rules.of_one(cells)
-    found = []
+    found: list[int | None] = []
+    if first.sizes[0] < 2:  # of one sitting the noise is unknown
+        return [fewest(alpha) + SPARE] * PILOTS
     for i in range(PILOTS):
         one = Arms(first.base[i], first.head[i], first.paired)
         n = needed(noise(one), one.paired, rules.gap, alpha)
@@ -110,15 +129,15 @@ def power(
 ) -> tuple[float, int]:
     """Part of slowed cells found, over everything that was asked for; each beside others that are not slower."""
     effect, alpha = -math.log(1 - rules.effect), rules.of_one(cells)
-    found = []
+    found, drawn = [], 10 * max(1, CELLS // cells)
     for n in asked:
-        base, head = draw(record, how, 10, cells, n, rng)
-        slowed = arms(base, head + effect, how)
+        base, head = draw(record, how, drawn, cells, n, rng)
+        slowed = counted(arms(base, head + effect, how), record, how)
         if how == A_ROW:
-            found.append(np.mean([_found_in_a_row(slowed, i, rules, alpha) for i in range(10)]))
+            found.append(np.mean([_found_in_a_row(slowed, i, rules, alpha) for i in range(drawn)]))
         else:
             found.append(np.mean(slower(slowed, -math.log(1 - rules.margin)) <= alpha))
-    return float(np.mean(found)), 10 * cells * len(asked)
+    return float(np.mean(found)), drawn * cells * len(asked)
 
 
 def upper_bound(found: int, of: int, confidence: float = 0.95) -> float:
@@ -138,6 +157,11 @@ def upper_bound(found: int, of: int, confidence: float = 0.95) -> float:
         ]
         low, high = (p, high) if math.fsum(map(math.exp, log_terms)) > 1 - confidence else (low, p)
     return high
+
+
+def lower_bound(found: int, of: int, confidence: float = 0.95) -> float:
+    """The smallest rate with which so many would be found by chance."""
+    return 1 - upper_bound(of - found, of, confidence)
 
 
 def _reports(
@@ -178,4 +202,4 @@ def _found_in_a_row(slowed: Arms, report: int, rules: Rules, alpha: float) -> fl
     return float(np.mean(slower(part, -math.log(1 - rules.margin)) <= alpha))
 
 
-__all__ = ["PAIRS", "Rates", "ask", "power", "rates", "upper_bound"]
+__all__ = ["PAIRS", "Rates", "ask", "counted", "lower_bound", "power", "rates", "upper_bound"]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,15 @@ DRAWINGS = (APART, A_ROW, PAIRS)
 
 @dataclass(frozen=True)
 class Record:
-    """Recorded blocks: logarithms of the times of each one's samples ``(blocks, samples)``, in order of time."""
+    """Recorded blocks: logarithms of the times of each one's samples ``(blocks, samples)``, in order of time.
+
+    step   seconds from the beginning of one block to that of the next
+    """
 
     name: str
     logs: np.ndarray
     about: str
+    step: float = 0.0
 
     @property
     def spread(self) -> float:
@@ -49,7 +53,7 @@ class Record:
         return self._times(high, middle)
 
     def _times(self, factor: float, middle: float) -> Record:
-        return Record(self.name, (self.logs - middle) * factor, self.about)
+        return replace(self, logs=(self.logs - middle) * factor)
 
 
 def recorded() -> list[Record]:
@@ -63,7 +67,7 @@ def from_dict(found: dict[str, Any], name: str) -> Record:
     """A trace of :mod:`harness.block_trace` as written by ``scripts/record_traces.py``."""
     blocks = np.asarray(found["blocks"], dtype=float)
     about = f"{len(blocks)} blocks of {found['backend']} {found['scheme']}, {found['starts'][-1]:.0f} s"
-    return Record(name, np.log(blocks), about)
+    return Record(name, np.log(blocks), about, float(np.median(np.diff(found["starts"]))) if len(blocks) > 1 else 0.0)
 
 
 def draw(

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def row(cell: tuple[str, str], run: int, metric: str, **more: Any) -> Row:
     return Row(
         kind="measured",
         run=f"run{run}",
-        time=f"2026-01-02T03:{run:02d}:00+00:00",
+        time=f"2026-01-{2 + run // 24:02d}T{run % 24:02d}:00:00+00:00",
         hardware="cpu",
         device="cpu",
         model="tiny",
@@ -250,11 +251,20 @@ def test_rows_that_were_not_measured_are_not_compared() -> None:
 
 
 def blocked(
-    run: int, level: float, rng: np.random.Generator, fresh: bool = False, blocks: int = 14, **more: Any
+    run: int,
+    level: float,
+    rng: np.random.Generator,
+    fresh: bool = False,
+    blocks: int = 14,
+    every: float = 2.0,
+    **more: Any,
 ) -> list[Row]:
-    """One run of one cell: a row with many quiet blocks, all of them ``level`` off, as one process may be."""
+    """One run of one cell: a row with many quiet blocks, all of them ``level`` off, as one process may be; one block
+    begins ``every`` so many seconds."""
     times = 6e7 * np.exp(level + rng.normal(0, 0.002, blocks))
-    spans = [{"start": i, "count": 1, **more} for i in range(blocks)]
+    began = datetime(2026, 1, 2, run, tzinfo=timezone.utc)
+    at = [(began + timedelta(seconds=every * i)).isoformat(timespec="milliseconds") for i in range(blocks)]
+    spans = [{"start": i, "count": 1, "time": at[i], "seconds": 1.0, **more} for i in range(blocks)]
     asked = {"fresh": fresh, "repeats": blocks}
     timed = row(CELLS[0], run, "decode", verdict="PASS", samples=tuple(times.tolist()), blocks=spans, sampling=asked)
     return [row(CELLS[0], run, "parity", verdict="PASS", error=0.05, bound=0.1), timed]
@@ -274,7 +284,7 @@ def test_one_run_a_side_gives_no_answer_however_many_blocks_it_has(bench: Bench,
     done = bench("compare", base, head)
     assert done.code == 0
     least = exact.fewest(Rules().of_one(1)) + SPARE
-    assert done.out.startswith(f"UNDECIDED: give {least} or more runs a side, or use ab\n")
+    assert done.out.startswith(f"UNDECIDED: give {least} or more runs a side, 60 s or more apart, or use ab\n")
     assert "raise an alarm" not in done.out
     assert bench("compare", base, head, "--strict").code == 1
     (cell,) = found(bench("compare", base, head, "--format", "json")).values()
@@ -307,9 +317,46 @@ def test_the_unit_is_the_run_or_a_process_of_its_own(bench: Bench, tmp_path: Pat
     assert series.times[0] == pytest.approx(median)
     (series,) = read_rows(blocked(0, 0.0, rng, fresh=True)).series.values()
     assert series.times.shape == (14,)
-    base = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng, fresh=True))
-    slow = stored(tmp_path / "b.jsonl", blocked(0, 0.1, rng, fresh=True))
+    base = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng, fresh=True, every=61.0))
+    slow = stored(tmp_path / "b.jsonl", blocked(0, 0.1, rng, fresh=True, every=61.0))
     assert "REGRESSION: 1 of 1 slower" in bench("compare", base, slow).out
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_runs_that_follow_each_other_are_one_sitting_and_decide_nothing(
+    bench: Bench, tmp_path: Path, fresh: bool
+) -> None:
+    """What disturbed the machine for those minutes is in all of them: here 10 %, and the code is the same."""
+    rng = np.random.default_rng(4)
+
+    def sitting(name: str, hour: int, level: float) -> str:
+        if fresh:
+            return stored(tmp_path / name, blocked(hour, level, rng, fresh=True))
+        runs = [blocked(hour, level + rng.normal(0, 0.005), rng) for _ in range(12)]
+        spread = [
+            replace(each, run=f"{hour}-{i}", time=f"2026-01-02T{hour:02d}:{i:02d}:10+00:00", blocks=None)
+            for i, own in enumerate(runs)
+            for each in own
+        ]
+        return stored(tmp_path / name, spread)
+
+    base, head = sitting("a.jsonl", 3, 0.0), sitting("b.jsonl", 9, 0.1)
+    done = bench("compare", base, head)
+    assert done.code == 0
+    assert done.out.startswith("UNDECIDED: give 7 or more runs a side, 60 s or more apart, or use ab\n")
+    assert re.search(
+        rf"{14 if fresh else 12}\s+runs\s+of\s+head\s+less\s+than\s+60\s+s\s+apart\s+count\s+as\s+1", done.out
+    )
+    (cell,) = found(bench("compare", base, head, "--format", "json")).values()
+    assert (cell["decision"], cell["blocks"]) == ("UNDECIDED", [1, 1])
+
+
+def test_a_time_that_is_none_is_refused(bench: Bench, tmp_path: Path) -> None:
+    own = replace(row(CELLS[0], 1, "decode", samples=(4.0,), verdict="PASS"), time="yesterday")
+    files = [stored(tmp_path / name, [own]) for name in ("a.jsonl", "b.jsonl")]
+    done = bench("compare", *files)
+    assert done.code == 2
+    assert "a row's time is 'yesterday'" in done.err
 
 
 def test_a_row_disturbed_throughout_counts_and_nothing_is_nan(bench: Bench, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reports.verdict import exact
+from reports.verdict import exact, spacing
 from reports.verdict.decision import FASTER, NO_SLOWER, SLOWER, UNDECIDED, Rules, holm, judge, prepared
 from reports.verdict.permutation import Arms, at_least, at_most, estimate, faster, slower
 from reports.verdict.power import SPARE, detectable, needed, noise
@@ -189,3 +189,25 @@ def test_more_blocks_than_can_be_counted_are_merged() -> None:
 def test_two_readings_share_the_error_rate() -> None:
     assert Rules(looks=2).of_one(40) == pytest.approx(0.01 / 2 / 40)
     assert Rules(looks=2).of_one(40) <= 2.5e-4
+
+
+def test_runs_without_a_pause_are_one_sitting() -> None:
+    """By the end of the one before, whatever the order in the file; what overlaps is one."""
+    hour = 3600.0
+    spans = [
+        (hour, hour + 10),
+        (0.0, 5.0),
+        (hour + 69, hour + 70),
+        (hour + 130, hour + 131),
+        (2.0, 300.0),
+        (310.0, 311.0),
+    ]
+    assert spacing.sittings(spans) == [[1, 4, 5], [0, 2], [3]]
+    values = np.array([[4.0, 1.0, 6.0, 9.0, 2.0, 3.0]])
+    np.testing.assert_array_equal(spacing.apart(values, spans), [[2.0, 5.0, 9.0]])
+    assert spacing.sittings([]) == []
+
+
+def test_times_of_rows() -> None:
+    assert spacing.seconds("2026-01-02T03:04:05Z") == spacing.seconds("2026-01-02T03:04:05") == 1767323045
+    assert spacing.seconds("2026-01-02T03:04:05+01:00") == 1767323045 - 3600

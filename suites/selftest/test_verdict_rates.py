@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from reports.verdict import dependence, error_rates, selftest
+from reports.verdict import dependence, error_rates, selftest, spacing
 from reports.verdict.decision import Rules
 from reports.verdict.error_rates import rates, upper_bound
 from reports.verdict.permutation import Arms
@@ -62,17 +63,57 @@ def test_few_false_alarms_and_the_slowdown_is_seen(record: Record, how: str, spr
     assert found.blocks <= {0.02: 60, 0.05: 240}[spread]
 
 
-def test_blocks_in_a_row_are_declined_or_judged_right(record: Record) -> None:
-    found = rates(record, A_ROW, 0.02, RULES, reports=20)
-    assert found.alarms == 0
+@pytest.mark.parametrize("cells", error_rates.COUNTS)
+def test_the_promise_holds_for_any_number_of_cells(record: Record, cells: int) -> None:
+    """Few cells cannot show that neighbours are alike, many raise more alarms."""
+    tries = 100 if cells == 40 else 300
+    found = [rates(record, how, 0.02, RULES, reports=tries, cells=cells) for how in (APART, A_ROW, PAIRS)]
+    found.append(rates(record, A_ROW, None, RULES, reports=tries, cells=cells))  # bursts as large as they were
+    for each in found:
+        assert each.alarms <= each.reports // 100
+        assert error_rates.lower_bound(each.margin_alarms, max(1, each.reports)) <= 0.01
+    assert found[1].undecided == found[3].undecided == tries
+    assert all(each.seen >= 0.93 for each in (found[0], found[2]))  # docs/verdicts.md has the figure
+
+
+@pytest.mark.parametrize("cells", [1, 2, 4])
+def test_few_cells_in_a_row_would_raise_alarms_without_the_pauses(
+    record: Record, cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the test of neighbours alone, as where no run's time is known."""
+    monkeypatch.setattr(spacing, "PAUSE", 0.0)
+    found = rates(record, A_ROW, 0.02, RULES, reports=300, cells=cells)
+    assert found.alarms > 9
+    quiet = rates(calm(), PAIRS, None, RULES, reports=250, cells=cells)
+    assert selftest.kept([quiet])
+    assert not selftest.kept([quiet, found])
 
 
 def test_a_test_that_knows_no_blocks_would_be_caught(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: neighbours in a row taken for independent."""
+    monkeypatch.setattr(spacing, "PAUSE", 0.0)
     monkeypatch.setattr(dependence, "alike", lambda arms: False)
     found = rates(record, A_ROW, 0.05, RULES, reports=20)
     assert found.alarms > 10
     assert not selftest.kept([found])
+
+
+def test_what_shows_nothing_keeps_nothing() -> None:
+    """Too noisy throughout; alarms at the margin beyond what chance brings; runs in a row, which are all declined."""
+    good = rates(calm(), PAIRS, None, RULES, reports=250, cells=1)
+    assert selftest.kept([good])
+    noisy = replace(good, blocks=None, asked=None, reports=0, alarms=0, margin_alarms=0)
+    assert selftest.kept([good, noisy])
+    assert not selftest.kept([noisy])
+    assert selftest.concluded([noisy]).startswith("too noisy here")
+    assert not selftest.kept([replace(good, margin_alarms=12)])
+    assert not selftest.kept([replace(good, how=A_ROW)])
+
+
+def test_lower_bound_is_clopper_and_pearson() -> None:
+    p = error_rates.lower_bound(5, 50)
+    assert sum(math.comb(50, k) * p**k * (1 - p) ** (50 - k) for k in range(5, 51)) == pytest.approx(0.05)
+    assert error_rates.lower_bound(0, 50) == 0.0
 
 
 def test_a_test_of_samples_would_be_caught(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
