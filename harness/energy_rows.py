@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from harness.hardware import Hardware
-from harness.machine.energy import Counter, counter
+from harness.machine.energy import Spans, counter
 from harness.rows import Row
 
 T = TypeVar("T")
@@ -23,29 +22,29 @@ class _Span:
 class EnergyTally:
     """Joules and seconds of one cell's turns, by what they measured. A host's own counters are out of reach."""
 
-    def __init__(self, place: Hardware, open_counter: Callable[[str], Counter | None] = counter) -> None:
+    def __init__(self, place: Hardware, open_counter: Callable[[str], Spans | None] = counter) -> None:
         self._place, self._open = place, open_counter
-        self._counter: Counter | None = None
+        self._counter: Spans | None = None
         self._asked = False
         self._spans: dict[str, _Span] = {}
 
     def during(self, what: str, work: Callable[[], T]) -> T:
-        """``work()``, its energy counted; two readings of a file or of the driver, outside of what is timed."""
+        """``work()``, its energy counted: what it takes to read that lies outside of what is timed."""
         if not self._asked:
             self._asked = True
             self._counter = self._open(self._place.device) if self._place.host is None else None
         if self._counter is None:
             return work()
-        before, began = self._counter.joules(), time.perf_counter_ns()
+        self._counter.begin()
         result = work()
-        after, ended = self._counter.joules(), time.perf_counter_ns()
-        if before is None or after is None:
+        counted = self._counter.end()
+        if counted is None:
             self._counter = None
             self._spans.clear()
             return result
         span = self._spans.setdefault(what, _Span())
-        span.joules += after - before
-        span.seconds += (ended - began) / 1e9
+        span.joules += counted[0]
+        span.seconds += counted[1]
         return result
 
     def of(self, row: Row) -> Row:

@@ -52,7 +52,7 @@ class GpuWatch:
             if library.nvmlInit_v2() != 0:
                 return None
             found = ctypes.c_void_p()
-            if not _find(library, int(number or 0), found):
+            if not find_device(library, int(number or 0), found):
                 return None
         except AttributeError:
             return None
@@ -87,7 +87,7 @@ class GpuWatch:
         return None
 
 
-def _find(library: Any, number: int, found: ctypes.c_void_p) -> bool:
+def find_device(library: Any, number: int, found: ctypes.c_void_p) -> bool:
     """The device that CUDA calls ``number``, by index or by UUID; none where that is not known for certain."""
     listed = cuda_order.words()
     if listed is not None and number >= len(listed):

@@ -8,32 +8,55 @@ Needs only the standard library, and Python 3.9, because foreign interpreters ru
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+from harness.machine import powermetrics
+from harness.noise_gpu import find_device
 
 #: RAPL domains that do not contain each other: a package has its cores in it, not its memory.
 _DOMAINS = re.compile(r"package-\d+|dram")
 
-POWERMETRICS = ("powermetrics", "--samplers", "cpu_power,gpu_power", "-i", "200", "-n", "1")
+
+class Spans(Protocol):
+    """What counts the energy of one span after another."""
+
+    source: str
+
+    def begin(self) -> None:
+        """A span begins now."""
+
+    def end(self) -> tuple[float, float] | None:
+        """Joules and seconds of it, as far as they were counted; ``None`` once nothing is told any more."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counter:
     """Joules since some moment in the past, never decreasing; ``None`` once it no longer answers."""
 
     source: str
     joules: Callable[[], float | None]
+    _before: float | None = None
+    _began: int = 0
+
+    def begin(self) -> None:
+        self._before, self._began = self.joules(), time.perf_counter_ns()
+
+    def end(self) -> tuple[float, float] | None:
+        after, ended = self.joules(), time.perf_counter_ns()
+        if self._before is None or after is None:
+            return None
+        return after - self._before, (ended - self._began) / 1e9
 
 
-def counter(device: str, root: Path = Path("/")) -> Counter | None:
+def counter(device: str, root: Path = Path("/")) -> Spans | None:
     """Of a device as backends name it, on this machine; ``None`` where nothing counts."""
     kind, _, index = device.partition(":")
     if kind == "cpu" and platform.system() == "Linux":
@@ -41,7 +64,7 @@ def counter(device: str, root: Path = Path("/")) -> Counter | None:
     if kind == "cuda":
         return nvml(int(index or 0))
     if platform.system() == "Darwin" and hasattr(os, "geteuid") and os.geteuid() == 0:
-        return from_power("powermetrics, CPU and GPU", _powermetrics)
+        return powermetrics.windows()
     return None
 
 
@@ -75,12 +98,12 @@ def rapl(folder: Path) -> Counter | None:
     return Counter(f"RAPL, {' and '.join(names)}", joules)
 
 
-def nvml(index: int, library: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> Counter | None:
-    """Of an NVIDIA device from Volta on, by the driver's own library."""
+def nvml(number: int, library: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> Counter | None:
+    """Of the NVIDIA device that CUDA calls ``number``, from Volta on, by the driver's own library."""
     try:
         driver = library("libnvidia-ml.so.1")
         handle, told = ctypes.c_void_p(), ctypes.c_ulonglong()
-        if driver.nvmlInit_v2() != 0 or driver.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) != 0:
+        if driver.nvmlInit_v2() != 0 or not find_device(driver, number, handle):
             return None
         if driver.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(told)) != 0:
             return None
@@ -92,41 +115,6 @@ def nvml(index: int, library: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> Cou
         return None if failed else told.value / 1e3  # millijoules
 
     return Counter("NVML, the whole device", joules)
-
-
-def from_power(
-    source: str, watts: Callable[[], float | None], clock: Callable[[], int] = time.perf_counter_ns
-) -> Counter | None:
-    """A counter where only power is told: each reading counts for the time since the one before."""
-    if watts() is None:
-        return None
-    total, last = 0.0, clock()
-
-    def joules() -> float | None:
-        nonlocal total, last
-        power, now = watts(), clock()
-        if power is None:
-            return None
-        total, last = total + power * (now - last) / 1e9, now
-        return total
-
-    return Counter(source, joules)
-
-
-def parse_powermetrics(text: str) -> float | None:
-    """Watts of processor and graphics together; ``None`` where the text does not say."""
-    found = re.search(r"^Combined Power.*?:\s*(\d+(?:\.\d+)?)\s*mW", text, re.MULTILINE)
-    if found:
-        return float(found[1]) / 1e3
-    parts = re.findall(r"^(?:CPU|GPU) Power:\s*(\d+(?:\.\d+)?)\s*mW", text, re.MULTILINE)
-    return sum(map(float, parts)) / 1e3 if parts else None
-
-
-def _powermetrics() -> float | None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(POWERMETRICS, capture_output=True, text=True, timeout=10, check=True)
-        return parse_powermetrics(done.stdout)
-    return None
 
 
 def _text(path: Path) -> str:

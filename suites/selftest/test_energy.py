@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 
 from harness.energy_rows import EnergyTally
 from harness.hardware import Hardware
-from harness.machine.energy import Counter, counter, from_power, nvml, parse_powermetrics, rapl
+from harness.machine import powermetrics
+from harness.machine.energy import Counter, counter, nvml, rapl
+from harness.machine.powermetrics import Windows
 from harness.rows import Row
 from harness.samples import Workload
 
@@ -95,10 +99,11 @@ def test_a_counter_that_goes_away_says_so(tmp_path: Path) -> None:
 
 
 class Driver:
-    """NVML with one device that has used so many millijoules."""
+    """NVML with devices that have used so many millijoules."""
 
-    def __init__(self, fails: str = "") -> None:
-        self.millijoules, self._fails = 5000, fails
+    def __init__(self, fails: str = "", devices: int = 1) -> None:
+        self.millijoules, self._fails, self._devices = 5000, fails, devices
+        self.asked: list[str] = []
 
     def __call__(self, name: str) -> Any:
         assert name == "libnvidia-ml.so.1"
@@ -110,7 +115,16 @@ class Driver:
         return 9 if self._fails == "init" else 0
 
     def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:
-        return 0 if index == 0 else 2
+        self.asked.append(f"index {index}")
+        return 0 if index < self._devices else 2
+
+    def nvmlDeviceGetHandleByUUID(self, name: bytes, handle: Any) -> int:
+        self.asked.append(name.decode())
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, told: Any) -> int:
+        ctypes.cast(told, ctypes.POINTER(ctypes.c_uint))[0] = self._devices
+        return 0
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, told: Any) -> int:
         if self._fails == "old":
@@ -133,14 +147,99 @@ def test_a_driver_without_counter(fails: str) -> None:
     assert nvml(0, Driver(fails)) is None
 
 
-def test_powermetrics() -> None:
-    assert parse_powermetrics(POWER) == pytest.approx(2.001)
-    assert parse_powermetrics("CPU Power: 1000 mW\nGPU Power: 500 mW\n") == pytest.approx(1.5)
-    assert parse_powermetrics("powermetrics must be invoked as the superuser") is None
-    clock = iter([0, 2_000_000_000])
-    found = from_power("x", lambda: 3.0, lambda: next(clock))
-    assert counted(found) == 6.0
-    assert from_power("x", lambda: None) is None
+@pytest.mark.parametrize(
+    ("visible", "device"),
+    [(None, "index 0"), ("1", "index 1"), ("2,1", "index 2"), ("GPU-abc", "GPU-abc"), ("1,0", "index 1")],
+)
+def test_the_joules_are_those_of_the_device_that_cuda_means(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, device: str
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    driver = Driver(devices=3)
+    assert nvml(0, driver) is not None
+    assert driver.asked == [device]
+
+
+def test_a_device_that_is_hidden_has_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert nvml(1, Driver(devices=3)) is None
+
+
+def test_what_powermetrics_says() -> None:
+    assert powermetrics.parse(POWER) == pytest.approx(2.001)
+    assert powermetrics.parse("CPU Power: 1000 mW\nGPU Power: 500 mW\n") == pytest.approx(1.5)
+    assert powermetrics.parse("CPU Power: 1000 mW\n") is None  # the rest of the window is still to come
+    assert powermetrics.parse("powermetrics must be invoked as the superuser") is None
+
+
+class Mac:
+    """A clock, and powermetrics that tells of windows of 100 ms as its lines are read."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.windows = Windows(lambda: self.now)
+
+    def passes(self, watts: float, of_it: int = 100) -> None:
+        """The end of a window, of which so many milliseconds are still to come."""
+        self.now += of_it * 1_000_000
+        text = POWER.replace("activity ***", "activity (Fri Sep 11) (100.00ms elapsed) ***")
+        self.windows.read(text.replace("2001", f"{1000 * watts:.0f}").splitlines(keepends=True))
+        self.windows._over = False
+
+
+def test_only_windows_within_the_span_count() -> None:
+    """A Mac that draws 20 W at work and 1 W before and after."""
+    mac = Mac()
+    tally = EnergyTally(CPU, lambda device: mac.windows)
+
+    def work() -> None:
+        mac.passes(8.6, 40)  # 60 ms of it were before
+        for _ in range(3):
+            mac.passes(20)
+        mac.now += 30_000_000
+
+    for _ in range(2):
+        mac.passes(1)
+        mac.now += 60_000_000
+        tally.during("decode", work)
+        mac.passes(6.7, 70)
+    told = tally.of(row(50.0)).extra["energy"]
+    assert told == {
+        "joules_per_token": pytest.approx(0.4), "watts": pytest.approx(20), "source": "powermetrics, CPU and GPU"
+    }  # fmt: skip
+
+
+def test_a_span_without_a_window_has_no_figure() -> None:
+    mac = Mac()
+    tally = EnergyTally(CPU, lambda device: mac.windows)
+    mac.passes(5)
+    tally.during("decode", lambda: None)
+    plain = row()
+    assert tally.of(plain) is plain
+
+
+def test_a_process_is_read_while_it_runs_and_its_end_is_seen() -> None:
+    window = POWER.replace("activity ***", "activity (x) (20.5ms elapsed) ***")
+    script = f"import time\nfor _ in range(4):\n    print({window!r}, flush=True)\n    time.sleep(0.05)\n"
+    powermetrics.windows.cache_clear()
+    found = powermetrics.windows((sys.executable, "-c", script))
+    assert found is not None
+    found.begin()
+    deadline = time.monotonic() + 30
+    while not found._over and time.monotonic() < deadline:
+        time.sleep(0.01)
+    joules, seconds = found.end() or (0.0, 0.0)
+    assert joules == pytest.approx(2.001 * seconds)
+    assert 0.06 < seconds < 0.083
+    found.begin()
+    assert found.end() is None
+    powermetrics.windows.cache_clear()
+    assert powermetrics.windows(("no such program",)) is None
+    powermetrics.windows.cache_clear()
 
 
 def test_a_device_that_nobody_counts(tmp_path: Path) -> None:
@@ -167,7 +266,7 @@ def row(value: float | None = 50.0) -> Row:
 
 def test_joules_a_token_are_mean_power_times_time(monkeypatch: pytest.MonkeyPatch) -> None:
     joules, now = [0.0], [0]
-    monkeypatch.setattr("harness.energy_rows.time.perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr("harness.machine.energy.time.perf_counter_ns", lambda: now[0])
     tally = EnergyTally(CPU, lambda device: Counter("fake", lambda: joules[0]))
 
     def work() -> str:
