@@ -49,8 +49,13 @@ def record(
     most: int = 2000,
     renew: int = 40,
     tell: Tell = lambda text: None,
+    every: float = 0.0,
 ) -> Trace:
-    """Decode blocks of the embedded model, one thread, for so many seconds; a new session every ``renew`` blocks."""
+    """Decode blocks of the embedded model, one thread, for so many seconds; a new session every ``renew`` blocks.
+
+    every   seconds from the beginning of one block to that of the next, at least: what lasts for minutes is seen in
+            few blocks
+    """
     model = open_model("tiny")
     prompt = gate_tokens(model, _PROMPT_TOKENS, 0)
     began = time.monotonic()
@@ -65,5 +70,6 @@ def record(
                 blocks.append(opened.meter.decode(prompt, STEPS, sampling, lambda text: None).ns)
                 if time.monotonic() - began >= seconds or len(blocks) >= most:
                     break
+                time.sleep(max(0.0, starts[-1] + every - (time.monotonic() - began)))
         tell(f"recording decode blocks: {len(blocks)} in {time.monotonic() - began:.0f} of {seconds:.0f} s")
     return Trace(backend, scheme, STEPS, tuple(blocks), tuple(starts))

@@ -1,6 +1,6 @@
 """Records decode blocks on this machine, for the error rates of docs/verdicts.md.
 
-    python scripts/record_traces.py FOLDER [--seconds 120] [--backend numpy,torch]
+    python scripts/record_traces.py FOLDER [--seconds 120] [--every 0] [--backend numpy,torch]
 
 Writes one JSON file per backend: when, on what machine, by which command, and microseconds of every sample.
 """
@@ -24,11 +24,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--most", type=int, default=1000)
+    parser.add_argument("--every", type=float, default=0.0, help="seconds from one block to the next (default 0)")
     parser.add_argument("--backend", default="numpy,torch")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for backend in arguments.backend.split(","):
-        trace = record(backend, "fp32", arguments.seconds, arguments.most, tell=print)
+        trace = record(backend, "fp32", arguments.seconds, arguments.most, tell=print, every=arguments.every)
         about = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": describe(local_hardware()[0]),
