@@ -19,12 +19,15 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Sources, and what a prediction assumes, each once."""
+    """Sources, what a prediction assumes, and why a figure of ours is no answer to a claim, each once."""
     sources = [f"source: {row.extra['source']}" for row in rows if row.extra.get("source")]
     assumed = [f"{row.scheme} {row.metric}: {row.reason}" for row in rows if row.kind == "predicted" and row.reason]
     alone = [row for row in rows if row.kind == "published" and row.reason and row.reason.startswith("not stated")]
     stated = [f"{row.metric}: {row.reason}" for row in alone]
-    return list(dict.fromkeys([*assumed, *stated, *sources]))
+    apart = [
+        f"{row.scheme} {row.metric}: {ours['why']}" for row in rows if (ours := row.extra.get("ours")) and ours["why"]
+    ]
+    return list(dict.fromkeys([*assumed, *stated, *apart, *sources]))
 
 
 def _range(row: Row) -> str:
@@ -37,10 +40,11 @@ def _percent(fraction: float | None) -> str:
 
 
 def _ours(row: Row) -> str:
-    """``75.1 ±1%: exceeded``."""
+    """``75.1 ±1%: exceeded``; where the two cannot be compared, ``75.1 ±1%: another machine``."""
     ours = row.extra.get("ours")
     if not ours:
         return ""
     value, interval = ours["value"], ours["interval"]
     half = "" if interval is None else f" ±{100 * max(interval[1] - value, value - interval[0]) / value:.1g}%"
-    return f"{value:.3g}{half}: {ours['decision']}"
+    word = ours["decision"] or str(ours["why"]).partition(":")[0]
+    return f"{value:.3g}{half}: {word}"

@@ -147,12 +147,14 @@ def claims_of(measured: Sequence[Row]) -> list[Row]:
 
 
 def beside(claim: Claim, row: Row, measured: Sequence[Row]) -> Row:
-    """The claim's row with our last figure of its cell and the word for the two, where there is one."""
+    """The claim's row with our last figure of its cell, and the word for the two or why there is none."""
     ours = next((own for own in reversed(measured) if same_cell(claim, own)), None)
     if ours is None:
         return row
+    why = not_comparable(claim, ours)
     told: dict[str, Any] = {
-        "decision": decision(claim, ours),
+        "decision": None if why else decision(claim, ours),
+        "why": why,
         "value": ours.value,
         "interval": ours.interval,
         "backend": ours.backend,
@@ -161,10 +163,20 @@ def beside(claim: Claim, row: Row, measured: Sequence[Row]) -> Row:
     return replace(row, extra={**row.extra, "ours": told})
 
 
+def not_comparable(claim: Claim, ours: Row) -> str | None:
+    """Why the two figures have no word between them: ``cpu`` stands for any processor, and ours is not the claim's."""
+    machine = (ours.hardware_detail or {}).get("name")
+    if claim.hardware != "cpu" or (machine is not None and machine == claim.machine):
+        return None
+    return f"another machine: published of {claim.machine or 'one not named'}, measured on {machine or 'one not named'}"
+
+
 def same_cell(claim: Claim, row: Row) -> bool:
     """Whether a measured row is of the claim's cell, as far as the claim states it; only what passed counts."""
     if row.kind != "measured" or row.verdict != "PASS" or row.value is None:
         return False
+    if claim.metric == "perplexity" and row.synthetic is not False:
+        return False  # weights that were drawn have none of the model's quality
     keys = ("hardware", "model", "scheme", "metric")
     if any(getattr(row, key) != getattr(claim, key) for key in keys) or row.backend not in claim.same_as:
         return False

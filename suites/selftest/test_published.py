@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from harness.store import append
 from reports.output import formatted
 from reports.peak import with_peak_fraction
 from reports.prediction import predicted_rows
-from reports.published import Claim, claims, claims_of, decision, published_rows, same_cell
+from reports.published import Claim, beside, claims, claims_of, decision, published_rows, same_cell
 from suites.selftest.conftest import Done
 
 Bench = Callable[..., Done]
@@ -150,6 +151,40 @@ def test_our_own_figure_stands_beside_the_claim() -> None:
     assert "80 ±1%: exceeded" in text
     assert "51 %" in text
     assert claims_of([]) == []
+
+
+def ours_on_a_processor(**fields: Any) -> Row:
+    cell = {"hardware": "cpu", "backend": "rwkv.cpp", "model": "1b5", "scheme": "FP16", "threads": 4, "device": "cpu"}
+    return ours(2.0, 1.9, 2.1, **{**cell, "hardware_detail": {"name": "AMD EPYC 9654"}, **fields})
+
+
+def test_figures_of_any_processor_and_of_this_one_have_no_word_between_them() -> None:
+    (row,) = claims_of([ours_on_a_processor()])
+    told = row.extra["ours"]
+    assert (told["decision"], told["value"]) == (None, 2.0)
+    assert told["why"].startswith(
+        "another machine: published of 4 cores, 8 threads, x86 AVX2; model not stated, measured"
+    )
+    text = formatted([row], "table")
+    assert "2 ±5%: another machine" in text
+    assert "measured on AMD EPYC 9654" in " ".join(text.split())
+    assert "contradicted" not in text
+    nameless = claims_of([ours_on_a_processor(hardware_detail=None)])
+    assert [row.extra["ours"]["decision"] for row in nameless] == [None]
+
+
+def test_the_same_processor_has_one() -> None:
+    stated = claim(hardware="cpu", machine="AMD EPYC 9654", device="cpu", same_as=("rwkv.cpp",), model="1b5")
+    found = beside(replace(stated, scheme="FP16"), stated.row("https://x.example", "x"), [ours_on_a_processor()])
+    assert found.extra["ours"]["decision"] == "contradicted"
+    assert found.extra["ours"]["why"] is None
+
+
+@pytest.mark.parametrize("synthetic", [True, None])
+def test_drawn_weights_have_no_perplexity_to_compare(synthetic: bool | None) -> None:
+    fields = {"model": "169m", "metric": "perplexity", "workload": None}
+    assert len(claims_of([ours_on_a_processor(synthetic=False, **fields)])) == 1
+    assert claims_of([ours_on_a_processor(synthetic=synthetic, **fields)]) == []
 
 
 def test_a_figure_of_a_card_that_is_not_here_is_predicted_with_its_basis() -> None:
