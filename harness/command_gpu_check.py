@@ -12,6 +12,7 @@ from harness.outcome import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
     from harness.gpu_check.steps import Offer, Setting, Step
     from harness.hardware import Hardware
@@ -56,13 +57,10 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -
     from harness.gpu_check import record
     from harness.gpu_check.work import Job
     from harness.gpu_check.work import run as work
-    from harness.rows import document
     from harness.run import new_run_id
-    from harness.status import PASSED, exit_code, row_code
-    from reference.errors import InputError
+    from harness.status import PASSED
 
-    if arguments.budget is not None and not arguments.budget > 0:
-        raise InputError(f"--budget is {arguments.budget:g}; seconds above 0 are needed")
+    _check(arguments)
     hardware = _place(arguments)
     folder = Path(arguments.folder)
     setting = _setting(arguments, hardware, folder)
@@ -82,24 +80,59 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -
 
     notes = {"rehearsal": arguments.rehearse, "versions": record.versions()}
     work(chosen, Job(new_run_id(), hardware, arguments.budget, notes), emit, tell)
+    return _outcome(arguments, rows, file, kind)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises InputError for options that contradict each other, or mean nothing."""
+    from reference.errors import InputError
+
+    if arguments.budget is not None and not arguments.budget > 0:
+        raise InputError(f"--budget is {arguments.budget:g}; seconds above 0 are needed")
+    if arguments.rehearse and (arguments.device not in (None, "cpu") or arguments.model):
+        option = "--model" if arguments.model else "--device"
+        raise InputError(f"--rehearse is on the CPU, with a tiny model of its own; leave out {option}")
+
+
+def _outcome(arguments: argparse.Namespace, rows: Sequence[Row], file: Path, kind: str) -> Outcome:
+    from harness.gpu_check.ratios import ratios
+    from harness.rows import document
+    from harness.status import NOT_AVAILABLE, exit_code, row_code
+
     text = json.dumps(document(rows), indent=1) + "\n" if kind == "json" else _table(rows)
-    said = [f"{len(rows)} rows added to {file}"]
+    said = [f"{len(rows)} rows added to {file}", *map(str, ratios(rows, arguments.rehearse))]
     if arguments.rehearse:
         said.append("a rehearsal: its figures are the interpreter's and say nothing of a GPU")
     elif rows:
         said.append("to keep them, commit the two files under reports/recorded")
-    return Outcome(text, exit_code([row_code(row, False) for row in rows]), tuple(said))
+    absent = _absent(arguments.backend, rows)
+    codes = [row_code(row, False) for row in rows] + [NOT_AVAILABLE for _ in absent]
+    return Outcome(text, exit_code(codes), (*said, *absent))
+
+
+def _absent(names: Sequence[str] | None, rows: Sequence[Row]) -> list[str]:
+    """Why this was no check, one line each: nothing ran, or nothing of a backend that was asked for."""
+    from harness.status import ran
+
+    here = {cell.backend for cell in ran(rows)}
+    if not here:
+        return ["nothing ran, so nothing was checked"]
+    return [f"--backend {name}: nothing of it ran" for name in names or () if name not in here]
 
 
 def _place(arguments: argparse.Namespace) -> Hardware:
-    """The device; of a rehearsal the CPU. Raises Unavailable where there is no GPU."""
+    """The device; of a rehearsal the CPU; of a list any that could be. Raises Unavailable where there is no GPU."""
     from backends.api import Unavailable
-    from harness.hardware import local_hardware
+    from harness.hardware import Hardware, local_hardware
 
     here = local_hardware()
     if arguments.rehearse:
         return here[0]
     gpus = [item for item in here if item.device != "cpu"]
+    asked = arguments.device or (gpus[0].device if gpus else "cuda:0")
+    kind = asked.split(":")[0]
+    if arguments.listed and kind in ("cuda", "mps"):
+        return Hardware(kind, asked, asked)
     if arguments.device is not None:
         gpus = [item for item in gpus if arguments.device in (item.device, item.device.split(":")[0])]
         if not gpus:
@@ -117,37 +150,46 @@ def _setting(arguments: argparse.Namespace, hardware: Hardware, folder: Path) ->
     from harness.gpu_check.overflow import point_of
     from harness.gpu_check.steps import REHEARSED_SHAPE, SIZES, Setting
     from harness.models import model_config
+    from reference.config import count_parameters
 
+    sizes = () if arguments.rehearse else tuple(arguments.model or SIZES)
     tiny = str(folder / "rehearsal-tiny.safetensors")
     return Setting(
         device=hardware.device,
         offers=_offers(arguments.backend, hardware.device, arguments.rehearse),
-        models=(tiny,) if arguments.rehearse else tuple(arguments.model or SIZES),
+        models=sizes or (tiny,),
         small=tiny if arguments.rehearse else "tiny",
         overflow=str(folder / f"{'rehearsal-' if arguments.rehearse else ''}overflow.safetensors"),
         point=point_of(REHEARSED_SHAPE if arguments.rehearse else model_config("tiny")),
         rehearsal=arguments.rehearse,
+        parameters={name: count_parameters(model_config(name)) for name in sizes},
     )
 
 
 def _offers(names: Sequence[str] | None, device: str, rehearsal: bool) -> tuple[Offer, ...]:
-    """Backends that have the device: of a rehearsal those that have some GPU, on the CPU. Raises InputError."""
-    from backends.index import backend_names, load_backend
+    """Backends that have the device: of a rehearsal those that have some GPU, on the CPU. Raises InputError.
+
+    What drives a library or program of the user's is among them where it can be judged here, or by name.
+    """
+    from backends.index import LIBRARIES, backend_names, load_backend
     from harness.gpu_check.steps import REHEARSED, TIMED, Offer
     from reference.errors import InputError
 
     found = []
     for name in names or backend_names():
         try:
-            info = load_backend(name).INFO
+            module = load_backend(name)
         except InputError:
             if names:
                 raise
             continue
+        info = module.INFO
         kinds = {"cuda", "mps"} if rehearsal else {device.split(":")[0]}
         if kinds.isdisjoint(info.devices) or (rehearsal and "cpu" not in info.devices):
             if names:
                 raise InputError(f"{name} does not run on {' or '.join(sorted(kinds))}; it runs on {info.devices}")
+            continue
+        if not names and name in LIBRARIES and not _usable(name, module):
             continue
         usual = info.usual or tuple(info.schemes)
         timed = tuple(scheme for scheme in TIMED if scheme in usual) or usual[:1]
@@ -156,6 +198,17 @@ def _offers(names: Sequence[str] | None, device: str, rehearsal: bool) -> tuple[
             timed = usual[:1]
         found.append(Offer(name, usual, timed))
     return tuple(found)
+
+
+def _usable(name: str, module: ModuleType) -> bool:
+    from backends.api import Unavailable
+    from harness.session import check_usable
+
+    try:
+        check_usable(name, module)
+    except Unavailable:
+        return False
+    return True
 
 
 def _chosen(setting: Setting, only: Sequence[str] | None) -> tuple[Step, ...]:

@@ -17,9 +17,11 @@ from harness.card import Card, Process
 from harness.cli import main
 from harness.gpu_check import ablate, record, work
 from harness.gpu_check.overflow import point_of, write_overflowing
+from harness.gpu_check.ratios import ratios
 from harness.gpu_check.steps import LINES, LOCALIZED, REHEARSED_SHAPE, ROWS, Command, Offer, Setting, Step, steps
 from harness.hardware import Hardware
 from harness.rows import Row, line
+from harness.samples import Workload
 from harness.store import read
 from reference.checkpoint import load_checkpoint, save_checkpoint
 from reference.forward import forward
@@ -319,6 +321,10 @@ def test_without_a_gpu_it_says_so_and_exits_3(
         (["--backend", "torhc"], "did you mean 'torch'"),
         (["--budget", "0"], "--budget is 0; seconds above 0 are needed"),
         (["--budget", "nan"], "--budget is nan"),
+        (["--model", "1b5,7b-wrold"], "no model '7b-wrold'; did you mean '7b-world'?"),
+        (["--model", "no/such.safetensors"], "no/such.safetensors"),
+        (["--rehearse", "--device", "cuda:7"], "--rehearse is on the CPU, with a tiny model of its own; leave out --d"),
+        (["--rehearse", "--model", "169m"], "leave out --model"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -336,6 +342,94 @@ def test_the_steps_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert main(["gpu-check", "--list", "--only", "throughput"]) == 0
     names = [row.split()[0] for row in capsys.readouterr().out.splitlines()]
     assert names == ["throughput-169m", "throughput-1b5", "throughput-3b", "throughput-7b-world"]
+
+
+def test_the_steps_are_listed_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.hardware.local_hardware", lambda: (Hardware("cpu", "cpu", "x"),))
+    for words, first in ((["--only", "throughput"], "throughput-169m"), (["--device", "mps"], "parity")):
+        assert main(["gpu-check", "--list", *words]) == 0
+        assert capsys.readouterr().out.split()[0] == first
+    assert main(["gpu-check", "--list", "--device", "cdua:0"]) == 3
+
+
+def rehearsed(backends: str, verdicts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a rehearsal of parity whose commands leave one row each, of that verdict."""
+
+    def answered(command: Command, *rest: Any) -> tuple[list[Row], None]:
+        return [measured(backend=command.backend, verdict=verdicts[command.backend])], None
+
+    monkeypatch.setattr(work, "argv", lambda command, store: [sys.executable, "-c", ""])
+    monkeypatch.setattr(work, "_measured", answered)
+    return main(["gpu-check", "--rehearse", "--only", "parity", "--backend", backends, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code"),
+    [
+        ({"torch": "PASS", "rwkv": "PASS"}, 0),
+        ({"torch": "UNAVAILABLE", "rwkv": "UNSUPPORTED"}, 3),
+        ({"torch": "PASS", "rwkv": "UNAVAILABLE"}, 3),
+        ({"torch": "FAIL", "rwkv": "UNAVAILABLE"}, 1),
+        ({"torch": "CRASHED", "rwkv": "UNAVAILABLE"}, 4),
+    ],
+)
+def test_what_was_asked_for_and_did_not_run_is_status_3(
+    verdicts: dict[str, str],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert rehearsed(",".join(verdicts), verdicts, tmp_path, monkeypatch) == code
+    said = capsys.readouterr().err
+    none = not set(verdicts.values()) & {"PASS", "FAIL", "CRASHED"}
+    assert ("nothing ran, so nothing was checked" in said) == none
+    assert ("--backend rwkv: nothing of it ran" in said) == (verdicts["rwkv"] == "UNAVAILABLE")
+
+
+def test_a_budget_in_which_nothing_begins_is_status_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--rehearse", "--backend", "torch", "--only", "parity", "--budget", "1", "--output", str(tmp_path)]
+    assert main(["gpu-check", *words]) == 3
+    assert "nothing ran" in capsys.readouterr().err
+    assert main(["gpu-check", "--rehearse", "--backend", "torch", "--only", "wkv", "--output", str(tmp_path)]) == 3
+
+
+# --- ratios
+
+
+def speed(backend: str, scheme: str, metric: str, value: float, model: str = "7b-world", **more: Any) -> Row:
+    about = {"backend": backend, "scheme": scheme, "metric": metric, "value": value, "model": model, "unit": "tok/s"}
+    return measured(verdict="PASS", **{"workload": Workload(512, 128), **about, **more})
+
+
+def test_ratios_to_rwkv_and_fla_are_told_with_their_bars() -> None:
+    rows = [
+        speed("triton", "fp16", "decode", 150.0),
+        speed("triton", "q4f16_1", "decode", 300.0),
+        speed("triton", "fp16", "prefill", 900.0),
+        speed("triton", "fp16", "decode", 90.0, extra={"ablation": {"driver": "loop"}}),
+        speed("triton", "fp16", "decode", 60.0, "169m"),
+        speed("rwkv", "fp16", "decode", 50.0),
+        speed("rwkv", "fp16", "prefill", 900.0),
+        speed("rwkv", "fp16i8", "decode", 1.0),
+        speed("rwkv", "fp16", "decode", 20.0, "169m"),
+        speed("rwkv", "fp16", "decode", 1.0, workload=Workload(2048, 16)),
+        *(
+            speed(k, "fp16", "prefill", v, "wkv-4096", workload=Workload(512, 0))
+            for k, v in (("triton", 8), ("fla", 4))
+        ),
+    ]
+    assert [str(found) for found in ratios(rows, False)] == [
+        "7b-world decode, 512 tokens: triton fp16 3.00 times rwkv fp16, the bar of 3; aimed at 5",
+        "7b-world decode, 512 tokens: triton q4f16_1 6.00 times rwkv fp16",
+        "7b-world prefill, 512 tokens: triton fp16 1.00 times rwkv fp16, UNDER the bar of 1.5; aimed at 2",
+        "169m decode, 512 tokens: triton fp16 3.00 times rwkv fp16",
+        "wkv-4096 prefill, 512 tokens: triton fp16 2.00 times fla fp16, the bar of 1.5; aimed at 4",
+    ]
+    assert not any(found.bar for found in ratios(rows, True))
+    assert ratios([*rows[:5], replace(rows[5], verdict="FAIL")], False) == []
 
 
 def test_rows_and_the_machine_are_kept_in_the_folder(
@@ -364,6 +458,8 @@ def test_offers_are_of_backends_with_the_device() -> None:
     found = {offer.backend: offer for offer in command_gpu_check._offers(None, "cuda:0", False)}
     assert {"torch", "triton", "rwkv", "transformers"} <= set(found)
     assert not {"numpy", "onnx", "mlx"} & set(found)
+    assert not {"mlc-chat", "faster-rwkv"} & set(found), "programs of the user's that are not here"
+    assert [offer.backend for offer in command_gpu_check._offers(["mlc-chat"], "cuda:0", False)] == ["mlc-chat"]
     assert found["torch"].timed == ("fp16", "bf16")
     apple = {offer.backend: offer for offer in command_gpu_check._offers(None, "mps", False)}
     assert set(apple) == {"torch", "mlx"}
