@@ -24,7 +24,7 @@ if not machine.interpreted():
 
 from backends.triton_cuda import kernels_gemm, kernels_gemv, matrix, model  # noqa: E402
 from backends.triton_cuda.tiles import Tile, power_of_two  # noqa: E402
-from suites.throughput import compare_wkv  # noqa: E402
+from suites.throughput import compare_wkv, triton_wkv  # noqa: E402
 
 FORMATS = ("fp32", "fp16", "bf16", "int4 NK", "int4 KN", "int8 NK")
 #: Relative error of a float32 sum of a few hundred products.
@@ -201,6 +201,70 @@ def test_wkv_alone_is_judged_before_it_is_timed(
     monkeypatch.setattr(compare_wkv, "KERNELS", wrong)
     off = compare_wkv.row("triton", 8, 33, "cpu")
     assert (off.verdict, off.value, not off.samples) == ("FAIL", None, True)
+
+
+def _no_output(usual: Any, *given: Any) -> None:
+    usual(*given)
+    if len(given) < 10:  # as it is launched to be timed: nobody looks at wkv itself
+        given[8].fill_(torch.nan)
+
+
+def _no_state(usual: Any, *given: Any) -> None:
+    after = given[6].clone()
+    usual(*given)
+    given[6].copy_(after)
+
+
+def _state_of_another(usual: Any, *given: Any) -> None:
+    usual(*given)
+    given[6][:, 1] *= 1.001
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (_no_output, "wkv is off by nan"),
+        (_no_state, "aa of the state after is off by"),
+        (_state_of_another, "bb of the state after is off by 1.0e-03"),
+    ],
+)
+def test_the_runs_that_are_timed_are_judged_and_the_state_they_leave(
+    fault: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_wkv, "REPEATS", 2)
+    usual = model.scan
+    monkeypatch.setattr(model, "scan", lambda *given: fault(usual, *given))
+    found = compare_wkv.row("triton", 9, 33, "cpu")
+    assert (found.verdict, found.value, found.samples) == ("FAIL", None, None)
+    assert words in str(found.reason)
+
+
+def test_a_kernel_that_fails_while_it_is_timed_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right when it is looked at first, and nothing comes out of the runs after."""
+    monkeypatch.setattr(compare_wkv, "REPEATS", 2)
+    usual, calls = model.scan, iter(range(100))
+    monkeypatch.setattr(model, "scan", lambda *given: usual(*given) if next(calls) == 0 else None)
+    found = compare_wkv.row("triton", 9, 33, "cpu")
+    assert (found.verdict, found.value, found.samples) == ("FAIL", None, None)
+    assert str(found.reason).startswith("a timed run: wkv is off by nan")
+
+
+@pytest.mark.parametrize("fault", [None, _no_output, _no_state])
+def test_the_table_beside_fla_judges_what_it_times(
+    fault: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def on_the_cpu(runs: Any, rounds: int) -> Any:
+        triton_wkv.spoil(runs[0]())
+        return [7.0] * rounds, [run() for run in runs]
+
+    monkeypatch.setattr(triton_wkv, "replayed", lambda run: run)
+    monkeypatch.setattr(triton_wkv, "timed", on_the_cpu)
+    usual = model.scan
+    if fault is not None:
+        monkeypatch.setattr(model, "scan", lambda *given: fault(usual, *given))
+    assert triton_wkv._row(9, 33, torch.device("cpu"), 1.5) is (fault is None)
+    shown = capsys.readouterr().out.split()
+    assert shown[:2] == ["9", "7.0" if fault is None else "nan"]
 
 
 def test_copies_of_the_inputs_are_more_than_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:

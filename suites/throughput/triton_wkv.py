@@ -2,9 +2,10 @@
 
     python -m suites.throughput.triton_wkv [--channels 4096] [--lengths 512 4096] [--device cuda]
 
-Same float32 inputs, results first held against the recurrence in float64 (this project's reference); a kernel that
-is wrong gets no time. Times are those of replayed CUDA graphs where the kernel can be captured, taken by events.
-fla is optional: without it our times stand alone. Ours includes r * wkv, which fla leaves to the caller.
+Same float32 inputs. What the timed runs themselves have left, state included, is held against the recurrence in
+float64 (this project's reference); a kernel that is wrong gets no time. Times are those of replayed CUDA graphs where
+the kernel can be captured, taken by events. fla is optional: without it our times stand alone. Ours includes r * wkv,
+which fla leaves to the caller.
 
 Exit status: 0; 1 where a result is wrong or the ratio is under --bar; 2 for wrong usage; 3 without a GPU.
 """
@@ -22,6 +23,7 @@ import numpy as np
 
 from backends.api import Unavailable, Unsupported
 from backends.triton_cuda import machine
+from harness.cuda_order import settle
 from reference.forward import PP_START, WkvState, wkv
 from reference.numerics import Exact
 
@@ -33,6 +35,7 @@ _ROUNDS, _WARMUP = 50, 5
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; see the module."""
     asked = _parsed(arguments)
+    settle()
     try:
         machine.check()
         device = machine.open_device(asked.device)
@@ -62,31 +65,45 @@ def _row(length: int, channels: int, device: Any, bar: float) -> bool:
     zeros = np.zeros(channels)
     start = WkvState(zeros, zeros, np.full(channels, PP_START))
     k64, v64, w64 = (x.astype(np.float64) for x in (k, v, w))
-    want, _ = wkv(k64, v64, w64, u, start, Exact(np.float64))
+    want, after = wkv(k64, v64, w64, u, start, Exact(np.float64))
     kt, vt, rt, wt, ut = (torch.from_numpy(x.astype(np.float32)).to(device) for x in (k, v, r, w, u))
-    ours, raw = _ours(kt, vt, rt, wt, ut)
-    ours()
-    our_error = _off(raw, want)
-    theirs = _fla(kt, vt, wt, ut) if find_spec("fla") else None
-    fla_error = _off(theirs()[0], want) if theirs else float("nan")
-    our_time = _median(ours) if our_error <= WRONG else float("nan")
-    fla_time = _median(theirs) if theirs and fla_error <= WRONG else float("nan")
+    gated = want / (1 + np.exp(-r.astype(np.float64)))
+    our_time, our_error = _judged(_ours(kt, vt, rt, wt, ut), (gated, *after))
+    fla_time, fla_error = float("nan"), float("nan")
+    if find_spec("fla"):
+        fla_time, fla_error = _judged(_fla(kt, vt, wt, ut), (want, *after))
     ratio = fla_time / our_time
     print(f"{length:>7}{our_time:>10.1f}{fla_time:>10.1f}{ratio:>8.2f}{our_error:>11.1e}{fla_error:>11.1e}")
-    return our_error <= WRONG and (theirs is None or ratio >= bar)
+    return our_error <= WRONG and (not find_spec("fla") or ratio >= bar)
 
 
-def _ours(k: Any, v: Any, r: Any, w: Any, u: Any) -> tuple[Callable[[], None], Any]:
-    """The kernels as the model launches them, into buffers of their own; the second one holds wkv."""
+def _judged(run: Callable[[], Any], want: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Median microseconds of a kernel, NaN for a wrong one, and the largest relative error of what its runs left.
+
+    ``want``: what comes out ``(T, C)``, then aa, bb, pp ``(C,)``.
+    """
+    times, (left,) = timed([replayed(run)], _ROUNDS)
+    out, state = left
+    pairs = list(zip((out, *state.reshape(3, -1)), want, strict=True))
+    error = float(np.max([_off(got, exact) for got, exact in pairs]))  # NaN where any is
+    return (statistics.median(times) if error <= WRONG else float("nan")), error
+
+
+def _ours(k: Any, v: Any, r: Any, w: Any, u: Any) -> Callable[[], Any]:
+    """The kernels as the model launches them, into buffers of their own: r * wkv, and the state after."""
     import torch
 
     from backends.triton_cuda.model import scan
 
     past = torch.zeros(1, 3, k.shape[1], device=k.device)
     past[:, 2] = PP_START
-    after, out, raw = torch.empty_like(past), torch.full_like(k, torch.nan), torch.full_like(k, torch.nan)
-    scan(k, v, r, w, u, past, after, len(k), out, raw)  # the traced variant is the one that shows wkv
-    return lambda: scan(k, v, r, w, u, past, after, len(k), out), raw
+    after, out = torch.empty_like(past), torch.empty_like(k)
+
+    def run() -> Any:
+        scan(k, v, r, w, u, past, after, len(k), out)
+        return out, after
+
+    return run
 
 
 def _fla(k: Any, v: Any, w: Any, u: Any) -> Callable[[], Any]:
@@ -99,12 +116,8 @@ def _fla(k: Any, v: Any, w: Any, u: Any) -> Callable[[], Any]:
     return lambda: fused_recurrent_rwkv4(w.log(), u, k[None], v[None], state)
 
 
-def _median(run: Callable[[], Any]) -> float:
-    return statistics.median(microseconds([replayed(run)], _ROUNDS))
-
-
 def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work as a graph on the current device where it can be captured, warmed up."""
+    """The same work as a graph on the current device where it can be captured, warmed up; gives the same tensors."""
     import torch
 
     for _ in range(_WARMUP):
@@ -113,26 +126,44 @@ def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
+            left = run()
     except RuntimeError:  # somebody else's operator may allocate or synchronise
         torch.cuda.synchronize()
         return run
-    return graph.replay
+
+    def replay() -> Any:
+        graph.replay()
+        return left
+
+    return replay
 
 
-def microseconds(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Times by events on the current device, ``runs`` in turn."""
+def timed(runs: Sequence[Callable[[], Any]], rounds: int) -> tuple[list[float], list[Any]]:
+    """Microseconds by events on the current device, ``runs`` in turn; and the tensors that each has left last.
+
+    They are filled with NaN before, so that nothing is left of runs that were not timed.
+    """
     import torch
 
+    runs = runs[:rounds]
+    for run in runs:
+        spoil(run())
     times: list[float] = []
+    left: list[Any] = [None] * len(runs)
     for i in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        runs[i % len(runs)]()
+        left[i % len(runs)] = runs[i % len(runs)]()
         end.record()
         end.synchronize()
         times.append(1000 * start.elapsed_time(end))
-    return times
+    return times, left
+
+
+def spoil(left: Sequence[Any]) -> None:
+    """NaN into the tensors that a run has left."""
+    for tensor in left:
+        tensor.fill_(float("nan"))
 
 
 def _off(got: Any, want: np.ndarray) -> float:
