@@ -25,9 +25,9 @@ examples:
   rwkv-bench compare --self-test                 its error rates, measured here
 
 Runs are what is independent: `run --store base.jsonl` adds one, as often as is
-asked for. Those less than a minute apart count as one, so do blocks of --fresh:
-what disturbs a machine is in all of them. One run a side decides nothing about
-speed; the command ab measures two checkouts in pairs, without any pause.
+asked for. Those less than 5 minutes apart count as one, so do blocks of
+--fresh: what disturbs a machine is in all of them. One run a side decides
+nothing about speed; ab measures two checkouts in pairs, without any pause.
 Exit status 1: something is slower, or wrong where it was right; with --strict
 also what is undecided or missing.
 """

@@ -3,6 +3,7 @@
 python scripts/verdict_rates.py                     error rates on the recorded traces
 python scripts/verdict_rates.py --rivals            power at a matched false-alarm rate
 python scripts/verdict_rates.py --rivals --effect 0.03   of a smaller slowdown, where they differ more
+python scripts/verdict_rates.py --lags              for how long blocks are alike
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 
 from reports.tables import Table, markdown
 from reports.verdict.decision import Rules
+from reports.verdict.dependence import likeness
 from reports.verdict.error_rates import CELLS
 from reports.verdict.permutation import Arms, slower
-from reports.verdict.resample import A_ROW, APART, PAIRS, draw, recorded
+from reports.verdict.resample import A_ROW, APART, PAIRS, SLOW, draw, recorded
 from reports.verdict.rivals import OURS, RATE, RIVALS, matched
 from reports.verdict.selftest import SPREADS, formatted, measured
 
@@ -29,14 +31,23 @@ DESIGNS = {
 }
 
 
+#: Seconds between two blocks, and what part of a record may lie between them.
+LAGS = (0.5, 4, 12, 20, 40, 60, 120, 180, 240, 300)
+MOST_LAG = 1 / 3
+
+
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--nominal", action="store_true")
+    parser.add_argument("--lags", action="store_true")
     parser.add_argument("--effect", type=float, default=0.05, help="slowdown that is looked for (default 0.05)")
     parser.add_argument("--reports", type=int, default=2000)
     arguments = parser.parse_args()
+    if arguments.lags:
+        print(markdown(lags()))
+        return
     if arguments.nominal:
         print(markdown(nominal(arguments.reports)))
         return
@@ -67,6 +78,21 @@ def rivals(reports: int, effect: float) -> Table:
     rate = f"1 % of {reports} reports of {CELLS} cells raise a false alarm"
     note = f"percent of slowdowns of {100 * effect:g} % found where {rate}"
     return Table("power at a matched false-alarm rate", header, tuple(lines), (note,))
+
+
+def lags() -> Table:
+    """How alike blocks of each record are, by the seconds between them."""
+    lines = []
+    for record in (*recorded(), *recorded(SLOW)):
+        values = record.logs.mean(axis=1)
+        length = record.step * len(values)
+        found = [
+            f"{likeness(values, round(lag / record.step)):.2f}" if record.step <= lag < MOST_LAG * length else "-"
+            for lag in LAGS
+        ]
+        lines.append((f"{record.name}, every {record.step:.2g} s for {length:.0f} s", *found))
+    header = ("record", *(f"{lag:g} s" for lag in LAGS))
+    return Table("rank correlation of blocks so far apart", header, tuple(lines), ())
 
 
 def nominal(reports: int, blocks: int = 24) -> Table:

@@ -153,7 +153,7 @@ def _line(base: Series, head: Series, answer: Answer) -> Line:
         if not side.runs:
             answer = replace(answer, why=f"all {side.left_out} blocks of {name} were disturbed; measure it again")
         elif answer.decision == UNDECIDED and len(side.apart) < len(side.runs):
-            joined = f"{len(side.runs)} runs of {name} less than {PAUSE:g} s apart count as {len(side.apart)}"
+            joined = f"{len(side.runs)} runs of {name} less than {PAUSE / 60:g} min apart count as {len(side.apart)}"
             answer = replace(answer, why=f"{answer.why}; {joined}")
     values = [typical_of(side.row, side.times) for side in (base, head)]
     return Line(
@@ -206,7 +206,7 @@ def _notes(base: File, head: File, names: tuple[str, str]) -> tuple[str, ...]:
         if left_out:
             found.append(f"{name}: {left_out} blocks taken under disturbance are left out")
         if any(len(series.apart) < len(series.runs) for series in file.series.values()):
-            found.append(f"{name}: runs less than {PAUSE:g} s apart count as one; leave pauses, or use ab")
+            found.append(f"{name}: runs less than {PAUSE / 60:g} min apart count as one; leave pauses, or use ab")
     return tuple(found)
 
 

@@ -54,6 +54,12 @@ def autocorrelations(arms: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(np.ptp(arms, axis=1) > 0, found, 0.0))
 
 
+def likeness(values: np.ndarray, lag: int) -> float:
+    """Correlation of the ranks of ``(n,)`` values in order of time with those ``lag`` later."""
+    ranks = np.argsort(np.argsort(values, kind="stable")) - (len(values) - 1) / 2
+    return float((ranks[lag:] * ranks[:-lag]).mean() / np.square(ranks).mean())
+
+
 def merged(arm: np.ndarray, factor: int) -> np.ndarray:
     """Means of ``factor`` neighbours at a time, the last axis; what is left over at the beginning is left out."""
     if factor == 1:

@@ -77,9 +77,9 @@ def rules_text(found: Comparison) -> list[str]:
     how = (
         "pairs of blocks measured next to each other, a coin deciding which came first: sign-flip test"
         if found.paired
-        else f"stored files cannot be paired; runs of each, those less than {PAUSE:g} s apart counting as one, are "
-        "compared by a permutation test, as if the machine had been the same for both: `rwkv-bench ab` needs no such "
-        "assumption"
+        else f"stored files cannot be paired; runs of each, those less than {PAUSE / 60:g} min apart counting as one, "
+        "are compared by a permutation test, as if the machine had been the same for both: `rwkv-bench ab` needs no "
+        "such assumption"
     )
     certain = (
         f"at most {100 * rules.alpha:g} % of reports without any difference raise an alarm, all cells and "

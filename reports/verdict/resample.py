@@ -19,6 +19,9 @@ from reports.verdict.permutation import Arms
 
 TRACES = Path(__file__).parents[1] / "traces"
 
+#: Blocks some seconds apart, for as long as half an hour.
+SLOW = TRACES / "slow"
+
 APART, A_ROW, PAIRS = "apart", "a row", "pairs"
 DRAWINGS = (APART, A_ROW, PAIRS)
 
@@ -56,10 +59,10 @@ class Record:
         return replace(self, logs=(self.logs - middle) * factor)
 
 
-def recorded() -> list[Record]:
+def recorded(folder: Path = TRACES) -> list[Record]:
     """The records that come with this project."""
     return [
-        from_dict(json.loads(file.read_text(encoding="utf-8")), file.stem) for file in sorted(TRACES.glob("*.json"))
+        from_dict(json.loads(file.read_text(encoding="utf-8")), file.stem) for file in sorted(folder.glob("*.json"))
     ]
 
 

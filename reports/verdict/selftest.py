@@ -143,8 +143,8 @@ def _table(record: Record, found: Sequence[Rates], rules: Rules) -> Table:
         "drift kept; base and head do not differ (A/A), or head is slower by exactly the margin",
         f"simulated: the slowdown of {100 * rules.effect:g} %, by which head's times are multiplied",
         f"asked for: blocks per arm, or pairs, after a first reading of {PILOT}; median and range; power is over all",
-        f"stored, in a row: all runs of a file less than {PAUSE:g} s apart: they count as one and are declined; leave "
-        "pauses between them, or use `rwkv-bench ab`",
+        f"stored, in a row: all runs of a file less than {PAUSE / 60:g} min apart: they count as one and are declined; "
+        "leave pauses between them, or use `rwkv-bench ab`",
     )
     return Table("error rates of the verdict", header, tuple(lines), notes, ("blocks",), ("declined", "at margin"))
 

@@ -16,8 +16,8 @@ import numpy as np
 from reference.errors import InputError
 
 #: Seconds from the end of a run to the beginning of the next one of another sitting. Recorded blocks are alike for
-#: some 20 s (``scripts/verdict_rates.py --lags``).
-PAUSE = 60.0
+#: up to two minutes (``scripts/verdict_rates.py --lags``).
+PAUSE = 300.0
 
 #: Begin and end, in seconds since the epoch.
 Span = tuple[float, float]
@@ -54,4 +54,4 @@ def seconds(text: str) -> float:
 
 def needed_text(needed: int | None) -> str:
     """What to do about a side that has one sitting: the next one may differ by more than its blocks do."""
-    return f"give {needed} or more runs a side, {PAUSE:g} s or more apart, or use ab"
+    return f"give {needed} or more runs a side, {PAUSE / 60:g} min or more apart, or use ab"

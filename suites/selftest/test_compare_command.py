@@ -284,7 +284,7 @@ def test_one_run_a_side_gives_no_answer_however_many_blocks_it_has(bench: Bench,
     done = bench("compare", base, head)
     assert done.code == 0
     least = exact.fewest(Rules().of_one(1)) + SPARE
-    assert done.out.startswith(f"UNDECIDED: give {least} or more runs a side, 60 s or more apart, or use ab\n")
+    assert done.out.startswith(f"UNDECIDED: give {least} or more runs a side, 5 min or more apart, or use ab\n")
     assert "raise an alarm" not in done.out
     assert bench("compare", base, head, "--strict").code == 1
     (cell,) = found(bench("compare", base, head, "--format", "json")).values()
@@ -317,8 +317,8 @@ def test_the_unit_is_the_run_or_a_process_of_its_own(bench: Bench, tmp_path: Pat
     assert series.times[0] == pytest.approx(median)
     (series,) = read_rows(blocked(0, 0.0, rng, fresh=True)).series.values()
     assert series.times.shape == (14,)
-    base = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng, fresh=True, every=61.0))
-    slow = stored(tmp_path / "b.jsonl", blocked(0, 0.1, rng, fresh=True, every=61.0))
+    base = stored(tmp_path / "a.jsonl", blocked(0, 0.0, rng, fresh=True, every=302.0))
+    slow = stored(tmp_path / "b.jsonl", blocked(0, 0.1, rng, fresh=True, every=302.0))
     assert "REGRESSION: 1 of 1 slower" in bench("compare", base, slow).out
 
 
@@ -343,9 +343,9 @@ def test_runs_that_follow_each_other_are_one_sitting_and_decide_nothing(
     base, head = sitting("a.jsonl", 3, 0.0), sitting("b.jsonl", 9, 0.1)
     done = bench("compare", base, head)
     assert done.code == 0
-    assert done.out.startswith("UNDECIDED: give 7 or more runs a side, 60 s or more apart, or use ab\n")
+    assert done.out.startswith("UNDECIDED: give 7 or more runs a side, 5 min or more apart, or use ab\n")
     assert re.search(
-        rf"{14 if fresh else 12}\s+runs\s+of\s+head\s+less\s+than\s+60\s+s\s+apart\s+count\s+as\s+1", done.out
+        rf"{14 if fresh else 12}\s+runs\s+of\s+head\s+less\s+than\s+5\s+min\s+apart\s+count\s+as\s+1", done.out
     )
     (cell,) = found(bench("compare", base, head, "--format", "json")).values()
     assert (cell["decision"], cell["blocks"]) == ("UNDECIDED", [1, 1])

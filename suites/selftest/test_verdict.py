@@ -195,12 +195,8 @@ def test_runs_without_a_pause_are_one_sitting() -> None:
     """By the end of the one before, whatever the order in the file; what overlaps is one."""
     hour = 3600.0
     spans = [
-        (hour, hour + 10),
-        (0.0, 5.0),
-        (hour + 69, hour + 70),
-        (hour + 130, hour + 131),
-        (2.0, 300.0),
-        (310.0, 311.0),
+        *((hour, hour + 10), (0.0, 5.0), (hour + 309, hour + 310)),
+        *((hour + 610, hour + 611), (2.0, 900.0), (1190.0, 1191.0)),
     ]
     assert spacing.sittings(spans) == [[1, 4, 5], [0, 2], [3]]
     values = np.array([[4.0, 1.0, 6.0, 9.0, 2.0, 3.0]])
