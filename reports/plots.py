@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.rows import Row
 from reports.cell_history import histories
 from reports.cells import Cell, ordered, scheme_class
 from reports.digits import number
 from reports.points import frontier_point, pareto, roofline_points
+from reports.recommend import workload_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from reports.cell_history import Points
 
     Pasts = Sequence[dict[str, Points]]
+
+#: A cell, its speed, its divergence.
+Placed = tuple[Cell, float, float]
 
 #: What one picture holds legibly; more is counted in it.
 MOST_BARS, MOST_HISTORIES = 40, 12
@@ -88,23 +94,20 @@ def _name(cell: Cell, cells: Sequence[Cell]) -> str:
         (cell.hardware, {c.hardware for c in cells}),
         (row.model, {c.first.model for c in cells}),
         (f"{row.threads} thr", {f"{c.first.threads} thr" for c in cells}),
-        (
-            str(row.workload and row.workload.prompt_tokens),
-            {str(c.first.workload and c.first.workload.prompt_tokens) for c in cells},
-        ),
+        (workload_of(cell), {workload_of(c) for c in cells}),
     ]
     return " · ".join([f"{row.backend} {row.scheme}", *(name for name, names in more if len(names) > 1)])
 
 
 def _bars(axes: Axes, cells: Sequence[Cell], metric: str, colours: dict[str, str]) -> None:
-    """Horizontal bars in groups of one quantization, the fastest of each group on top."""
+    """Horizontal bars in groups of one quantization and workload, the fastest of each group on top."""
     timed = [(cell, row) for cell in cells if (row := cell.speed(metric)) is not None and row.value]
-    kept = sorted(timed, key=lambda pair: -(pair[1].value or 0.0))[:MOST_BARS]
+    kept = fastest(timed)[:MOST_BARS]
     names = [cell for cell, _ in kept]
     y, ticks, labels, drawn = 0.0, [], [], []
-    for group in sorted({scheme_class(cell.first) or "other" for cell, _ in kept}, key=_rank):
+    for group in sorted({_group(cell) for cell, _ in kept}, key=_rank):
         for cell, row in kept:
-            if (scheme_class(cell.first) or "other") != group or row.value is None:
+            if _group(cell) != group or row.value is None:
                 continue
             drawn.append((row.value, *(row.interval or (math.nan, math.nan)), colours[cell.first.backend]))
             ticks.append(y)
@@ -136,9 +139,25 @@ def _bars(axes: Axes, cells: Sequence[Cell], metric: str, colours: dict[str, str
         _empty(axes, f"no cell has a {metric} speed")
 
 
-def _rank(name: str) -> tuple[int, str]:
+def fastest(timed: Sequence[tuple[Cell, Row]]) -> list[tuple[Cell, Row]]:
+    """The fastest of each workload, then the second of each, and so on: speeds of two workloads are not ranked."""
+    ordered = sorted(timed, key=lambda pair: -(pair[1].value or 0.0))
+    seen: Counter[str] = Counter()
+    ranks = []
+    for cell, _ in ordered:
+        ranks.append(seen[workload_of(cell)])
+        seen[workload_of(cell)] += 1
+    return [ordered[i] for i in sorted(range(len(ordered)), key=lambda i: ranks[i])]
+
+
+def _group(cell: Cell) -> tuple[str, str]:
+    return scheme_class(cell.first) or "other", workload_of(cell)
+
+
+def _rank(group: tuple[str, str]) -> tuple[int, str, str]:
     known = ("f32", "f16", "bf16", "int8", "int5", "int4", "int3")
-    return (known.index(name) if name in known else len(known), name)
+    name, workload = group
+    return (known.index(name) if name in known else len(known), name, workload)
 
 
 def _roofline(axes: Axes, cells: Sequence[Cell], colours: dict[str, str]) -> None:
@@ -182,19 +201,24 @@ def _roof(axes: Axes, hardware: str, points: Sequence[tuple[Cell, dict[str, Any]
     return True
 
 
+def fronts(known: Sequence[tuple[Cell, dict[str, float]]]) -> list[tuple[list[Placed], list[tuple[float, float]]]]:
+    """Cells with speed and divergence, and those that no other beats: each model, machine, workload by itself."""
+    places: dict[Any, list[Placed]] = {}
+    for cell, point in known:
+        kind = (cell.hardware, cell.first.model, cell.first.workload)
+        places.setdefault(kind, []).append((cell, point["speed"], max(point["kl"], LEAST_KL)))
+    return [
+        (own, sorted(own[i][1:] for i in pareto([(speed, -kl) for _, speed, kl in own]))) for own in places.values()
+    ]
+
+
 def _frontier(axes: Axes, cells: Sequence[Cell], colours: dict[str, str]) -> None:
     known = [(cell, point) for cell in cells if (point := frontier_point(cell)) is not None]
     axes.set_title("quality against speed (right and down is better)", fontsize=10)
     if not known:
         _empty(axes, "no cell has a decode speed and a divergence;\nrwkv-bench quality measures it")
         return
-    places: dict[tuple[str, str], list[tuple[Cell, float, float]]] = {}
-    for cell, point in known:
-        places.setdefault((cell.hardware, cell.first.model), []).append(
-            (cell, point["speed"], max(point["kl"], LEAST_KL))
-        )
-    for own in places.values():
-        best = sorted(own[i][1:] for i in pareto([(speed, -kl) for _, speed, kl in own]))
+    for own, best in fronts(known):
         axes.plot(*zip(*best, strict=True), "--", color="0.5", linewidth=1)
         shades = [colours[cell.first.backend] for cell, _, _ in own]
         axes.scatter([speed for _, speed, _ in own], [kl for _, _, kl in own], c=shades, s=24)

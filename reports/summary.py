@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from reports.cells import SPEEDS, Cell
 from reports.digits import number
+from reports.recommend import workload_of
 
 #: Reasons of failures that are told one by one; more are counted.
 _TOLD = 5
 
 
 def headline(cells: Sequence[Cell]) -> list[str]:
-    """How many cells of each kind, how they were judged, what failed, what is fastest for each model and machine."""
+    """How many cells of each kind, how they were judged, what failed, what is fastest, workload by workload."""
     measured = [cell for cell in cells if cell.first.kind == "measured"]
     lines = []
     if measured:
@@ -41,10 +42,15 @@ def _failures(cells: Sequence[Cell]) -> list[str]:
 
 
 def _fastest(cells: Sequence[Cell]) -> list[str]:
-    """The best speed of each model on each machine, of cells that pass."""
+    """The best speed of each model on each machine, of cells that pass; each workload by itself."""
     lines = []
-    for hardware, model in dict.fromkeys((cell.hardware, cell.first.model) for cell in cells):
-        own = [cell for cell in cells if (cell.hardware, cell.first.model) == (hardware, model)]
+    works = {workload_of(cell) for cell in cells if any(cell.speed(metric) for metric in SPEEDS)}
+
+    def kind(cell: Cell) -> tuple[str, str, str]:
+        return (cell.hardware, cell.first.model, workload_of(cell))
+
+    for hardware, model, work in dict.fromkeys(map(kind, cells)):
+        own = [cell for cell in cells if kind(cell) == (hardware, model, work)]
         words = []
         for metric in reversed(SPEEDS):
             timed = [(row.value or 0.0, cell) for cell in own if cell.verdict == "PASS" and (row := cell.speed(metric))]
@@ -52,7 +58,8 @@ def _fastest(cells: Sequence[Cell]) -> list[str]:
                 value, best = max(timed, key=lambda pair: pair[0])
                 words.append(f"{metric} {number(value)} tok/s ({best.first.backend} {best.first.scheme})")
         if words:
-            lines.append(f"fastest that pass, {model} on {hardware}: {', '.join(words)}")
+            at = f", {work} tokens" if len(works) > 1 else ""
+            lines.append(f"fastest that pass, {model} on {hardware}{at}: {', '.join(words)}")
     return lines
 
 

@@ -25,7 +25,9 @@ from reports.cells import cells, ordered
 from reports.page_data import record
 from reports.page_html import page
 from reports.pivot import pivots
-from reports.points import pareto, roofline_points
+from reports.plots import fastest, fronts
+from reports.points import frontier_point, pareto, roofline_points
+from reports.recommend import workload_of
 from reports.report_md import markdown_report
 from reports.results import Results, read_results
 from reports.summary import headline
@@ -172,7 +174,23 @@ class TestCells:
         assert sorted(map(id, ordered(found))) == sorted(map(id, found))
 
 
+def by_workload() -> list[Row]:
+    """Two backends alone, and the slower one with a batch that makes it the fastest in tokens."""
+    batch = Workload(256, 64, batch=8)
+    rows = [*cell("torch"), *cell("onnx"), *cell("torch", speed=9.0, workload=batch)]
+    return [*rows, quality("torch", "fp16", 0.02), quality("onnx", "fp16", 0.03)]
+
+
 class TestPoints:
+    def test_speeds_of_two_workloads_are_not_ranked(self) -> None:
+        found = cells(by_workload())
+        known = [(each, point) for each in found if (point := frontier_point(each)) is not None]
+        held = [{(each.first.backend, workload_of(each)) for each, _, _ in own} for own, _ in fronts(known)]
+        assert held == [{("torch", "256+64"), ("onnx", "256+64")}, {("torch", "256+64×8")}]
+        assert [len(best) for _, best in fronts(known)] == [2, 1]
+        timed = [(each, row) for each in found if (row := each.speed("decode")) is not None]
+        assert {workload_of(each) for each, _ in fastest(timed)[:2]} == {"256+64", "256+64×8"}
+
     def test_roofline_of_decode_is_bandwidth_times_intensity(self) -> None:
         (found,) = cells(cell("onnx", "Q8_0", "a800"))
         points = {point["metric"]: point for point in roofline_points(found)}
@@ -235,6 +253,13 @@ class TestDocuments:
         assert lines[1] == "kept apart from what was measured: 1 published, 1 predicted, 1 recorded"
         assert lines[2].startswith("numpy Q8_0 on cpu: FAIL, <script>")
         assert lines[4].startswith("fastest that pass, 169m on a800: decode 17870 tok/s (onnx q4f16_1)")
+
+    def test_the_fastest_of_one_workload_is_not_the_fastest_of_all(self) -> None:
+        lines = headline(cells(by_workload()))
+        assert [re.sub(r"[\d.]+ tok/s", "x", line) for line in lines[1:]] == [
+            "fastest that pass, 169m on cpu, 256+64 tokens: decode x (onnx fp16), prefill x (onnx fp16)",
+            "fastest that pass, 169m on cpu, 256+64×8 tokens: decode x (torch fp16), prefill x (torch fp16)",
+        ]
 
     def test_details_say_what_was_left_out_and_how_to_repeat_it(self) -> None:
         (found,) = cells(cell())
