@@ -22,9 +22,9 @@ from harness.localize.by_layers import layered
 from harness.localize.case import Case, Located
 from harness.localize.evidence import Opener
 from harness.localize.finding import CLEAN, LOGITS, NON_FINITE, STATE, TRACE, TRUNCATION, Finding, Seen
-from harness.localize.held import Held, from_backend
+from harness.localize.held import Held, from_backend, told
 from harness.localize.off import rms
-from harness.localize.prompt import shortest
+from harness.localize.prompt import Enough, shortest
 from harness.parity import Gate, gate
 from harness.tolerance import K, derive
 from reference.forward import Tokens, check_tokens, forward
@@ -83,8 +83,7 @@ def localize(
         found = places.malformed(case, judged) or _place(case, held, judged, method)
         if isinstance(found, Finding):
             return found
-        prompt, stopped = _prompt(case, held, judged, found.finding)
-    finding = replace(found.finding, prompt=prompt, prompt_stopped=stopped)
+        finding = _prompted(case, held, judged, found.finding)
     finding = replace(finding, cause=found.cause) if found.cause else _explained(case, found, finding)
     return _fixed(case, finding, found) if fix else finding
 
@@ -93,7 +92,7 @@ def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located 
     """Where it is, by the first method that sees it; a finding of nothing where nothing is wrong."""
     notes: list[str] = []
     history: tuple[Seen, ...] = ()
-    used, watched = "", ""
+    used, watched, broke = "", "", False
     for name in [method] if method else METHODS:
         try:
             looked = METHODS[name](case, held, judged)
@@ -103,14 +102,16 @@ def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located 
             if method or not from_backend(error):
                 raise
             held.drop(error)
-            notes.append(f"{name}: it broke while watched: {type(error).__name__}: {error}")
+            broke = True
+            notes.append(f"{name}: it broke while watched: {told(error)}")
             continue
         watched = watched or looked.watched
         if looked.why and method:
             raise Unsupported(f"--method {method}: {looked.why}")
         if looked.located is not None:
             finding = looked.located.finding
-            finding = replace(finding, watched=watched, notes=(*finding.notes, *looked.notes, *notes))
+            notes = [*finding.notes, *looked.notes, *notes]
+            finding = replace(finding, watched=watched, notes=tuple(notes), broke=broke or finding.broke)
             return replace(looked.located, finding=finding)
         right = [] if judged.passed else [f"{name}: all that it shows is right"]
         notes += [*([f"{name}: {looked.why}"] if looked.why else right), *looked.notes]
@@ -119,15 +120,31 @@ def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located 
         if judged.passed and not looked.why:
             break
     if judged.passed:
-        return Finding(CLEAN, used or LOGITS, history=history, watched=watched, notes=tuple(notes))
+        return Finding(CLEAN, used or LOGITS, history=history, watched=watched, notes=tuple(notes), broke=broke)
     found = places.by_logits(case, held, judged, tuple(notes))
-    return replace(found, finding=replace(found.finding, watched=watched, history=history))
+    finding = found.finding
+    return replace(found, finding=replace(finding, watched=watched, history=history, broke=broke or finding.broke))
 
 
-def _prompt(case: Case, held: Held, judged: Gate, finding: Finding) -> tuple[tuple[int, ...], str]:
+def _prompted(case: Case, held: Held, judged: Gate, finding: Finding) -> Finding:
+    """With a short failing prompt, and the backend closed; it may break meanwhile, which loses nothing."""
+    notes: list[str] = []
+    prompt, stopped = _prompt(case, held, judged, finding, notes)
+    try:
+        held.drop()
+    except Exception as error:
+        if not from_backend(error):
+            raise
+        notes.append(f"it broke while it was closed: {told(error)}")
+    broke = finding.broke or bool(notes)
+    return replace(finding, prompt=prompt, prompt_stopped=stopped, notes=(*finding.notes, *notes), broke=broke)
+
+
+def _prompt(case: Case, held: Held, judged: Gate, finding: Finding, notes: list[str]) -> tuple[tuple[int, ...], str]:
     """A short prompt that fails as the whole one does, by NaN or by error: in one call, else token by token.
 
-    With what ended the search for a shorter one, as :func:`shortest` tells it.
+    With what ended the search for a shorter one, as :func:`shortest` tells it. A backend that breaks ends it too,
+    with a note.
     """
     failing = {check.name for check in judged.logits if not check.passed and "returned" not in (check.problem or "")}
     if not failing & {"decode", "prefill"}:
@@ -136,13 +153,23 @@ def _prompt(case: Case, held: Held, judged: Gate, finding: Finding) -> tuple[tup
     case.tell("the shortest failing prompt")
 
     def fails(tokens: Sequence[int]) -> bool:
-        logits = _last(held, tokens, singly)
+        try:
+            logits = _last(held, tokens, singly)
+        except Exception as error:
+            if not from_backend(error):
+                raise
+            held.drop(error)
+            notes.append(f"the shortest failing prompt: it broke on {len(tokens)} tokens: {told(error)}")
+            raise Enough("a call that broke") from error
         if finding.verdict == NON_FINITE or not np.isfinite(logits).all():
             return finding.verdict == NON_FINITE and not np.isfinite(logits).all()
         expected, _ = forward(case.stored, tokens, dtype=np.float64)
         return not rms(logits - expected) / case.truth.unit <= K * case.truth.e_worst
 
-    if not fails(case.ids):  # it fails at an earlier token only, or not every time
+    try:
+        if not fails(case.ids):  # it fails at an earlier token only, or not every time
+            return (), ""
+    except Enough:
         return (), ""
     return shortest(fails, case.ids, finding.token_index)
 

@@ -80,6 +80,7 @@ class Finding:
     watched     what watching did: ``same`` to the bit, ``differs``, or ``hidden`` (the fault is gone when watched);
                 empty where nothing was watched
     notes       what the reader must know besides: a method that was not available and why, what was not reached
+    broke       whether the backend crashed, hung or raised while it was looked at; a note says where
     """
 
     verdict: str
@@ -99,3 +100,4 @@ class Finding:
     prompt_stopped: str = ""
     watched: str = ""
     notes: tuple[str, ...] = field(default=())
+    broke: bool = False

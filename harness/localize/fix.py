@@ -25,6 +25,7 @@ from harness.localize.bench import Bench
 from harness.localize.cost import cost
 from harness.localize.evidence import Evidence, Opener
 from harness.localize.finding import CLEAN, NON_FINITE, Finding, Fix
+from harness.localize.held import from_backend, told
 from harness.localize.magnitudes import Peak, measure
 from harness.localize.rescaled import describe, rescaling
 from harness.localize.whatif import Outcome, emulate, excess, layer_ranges, mixed, patterns, smallest_set
@@ -44,7 +45,7 @@ RESCALES = (6, 4, 3, 2, 1)
 #: Real sessions that are opened and judged before the search ends.
 _MOST_TRIED = 5
 
-#: What a runtime may end a try with; the next one is then tried.
+#: What may end a try, as may whatever else a backend raises; the next one is then tried.
 _ENDS = (Unavailable, Unsupported, ChildDied, ChildTimedOut, RemoteError, RuntimeError, ValueError, OSError)
 
 
@@ -98,8 +99,10 @@ def find_fix(finding: Finding, evidence: Evidence, opener: Opener | Bench, tell:
                 raise Unsupported("the backend's arithmetic cannot be changed from here")
             tell(f"trying {change.what}")
             judged, spent, truth = _tried(change, evidence, opener, tell)
-        except _ENDS as error:
-            notes.append(f"{change.what}: {error}")
+        except Exception as error:
+            if not (isinstance(error, _ENDS) or from_backend(error)):
+                raise
+            notes.append(f"{change.what}: {error if isinstance(error, _ENDS) else told(error)}")
             if seen is None and change.confirmed is not None and change.confirmed.finite:
                 seen = Fix(change.what, False)
             continue
@@ -233,8 +236,10 @@ def _tried(change: Change, evidence: Evidence, opener: Opener | Bench, tell: Tel
         try:
             with opener.open(evidence.original) as before:
                 return judged, cost(before, after, [int(token) for token in evidence.tokens]), truth
-        except (*_ENDS, MeasureError):  # the fix is verified all the same
-            return judged, None, truth
+        except Exception as error:
+            if not (isinstance(error, (*_ENDS, MeasureError)) or from_backend(error)):
+                raise
+            return judged, None, truth  # the fix is verified all the same
 
 
 def _how_surely(truth: Truth) -> Iterator[str]:

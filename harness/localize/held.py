@@ -17,6 +17,7 @@ from harness.isolation.child import ChildDied, ChildTimedOut
 from harness.isolation.remote import RemoteError
 from harness.localize.bench import Bench
 from harness.localize.evidence import Opener
+from harness.names import one_line
 from reference.numerics import Arithmetic
 from reference.weights import Weights
 
@@ -30,6 +31,11 @@ def from_backend(error: Exception) -> bool:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     return any(not frame.filename.startswith(_OURS) for frame in frames)
+
+
+def told(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {one_line(str(error))}"
 
 
 class Held:

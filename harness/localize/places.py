@@ -13,7 +13,7 @@ from harness.localize.answer import Start, start
 from harness.localize.case import Case, Located, overflow
 from harness.localize.evidence import Evidence
 from harness.localize.finding import DIVERGED, LOGITS, NON_FINITE, STATE, TRACE, TRUNCATION, Finding, Seen
-from harness.localize.held import Held
+from harness.localize.held import Held, from_backend, told
 from harness.localize.trace import DRAWS, Past, Traced, trace
 from harness.parity import Gate
 from reference.forward import forward
@@ -43,14 +43,22 @@ def by_trace(case: Case, held: Held, judged: Gate) -> Looked:
     whole = trace(session, case.stored, case.arithmetic, case.ids)
     if not whole.seen:
         return Looked(why="its trace has no points")
-    same, notes = watched.compared(session, case.truth, np.asarray(whole.logits))
     found = start(whole)
-    if found is not None and judged.passed and not (whole.local or whole.non_finite):
+    wrong = found if not judged.passed or whole.local or whole.non_finite else None
+    try:
+        same, notes = watched.compared(session, case.truth, np.asarray(whole.logits))
+    except Exception as error:
+        if wrong is None or not from_backend(error):
+            raise
+        held.drop(error)
+        note = f"trace: it broke when run unwatched again: {told(error)}"
+        located = _traced(case, whole, wrong, (note, *whole.notes))
+        return Looked(replace(located, finding=replace(located.finding, broke=True)), tuple(whole.seen))
+    if wrong is not None:
+        return Looked(_traced(case, whole, wrong, (*notes, *whole.notes)), tuple(whole.seen), same)
+    if found is not None:
         text = f"{found.step.point} is off by {found.error:.1e}, bound {found.bound:.1e}"
         notes.append(f"{text}, but no operation is wrong by itself, and logits and state are right")
-    elif found is not None:
-        located = _traced(case, whole, found, (*notes, *whole.notes))
-        return Looked(located, tuple(whole.seen), same)
     history = tuple(whole.seen)
     for wanted in calls.failing(session, case.truth, judged):
         case.tell(f"tracing {wanted}")
@@ -223,7 +231,7 @@ def by_truncation(case: Case, held: Held, judged: Gate) -> Looked:
         span=tuple(span),
         notes=notes,
     )
-    return Looked(Located(finding, _logits_of(case, held, None if span else point, layer)), cut.seen)
+    return Looked(_with_logits(case, held, judged, finding, None if span else point), cut.seen)
 
 
 def malformed(case: Case, judged: Gate) -> Located | None:
@@ -243,7 +251,23 @@ def by_logits(case: Case, held: Held, judged: Gate, notes: tuple[str, ...]) -> L
     verdict = NON_FINITE if problem.startswith(("NaN", "Inf")) else DIVERGED
     error, bound = (None, None) if problem else (check.error, check.bound)
     finding = Finding(verdict, LOGITS, None, None, error=error, bound=bound, notes=(str(check), *notes))
-    return Located(finding, _logits_of(case, held, None, None))
+    return _with_logits(case, held, judged, finding, None)
+
+
+def _with_logits(case: Case, held: Held, judged: Gate, finding: Finding, point: str | None) -> Located:
+    """With the evidence of its logits, unless the backend breaks on the way to them, or they are right that way."""
+    nothing = replace(case.evidence(), point=point, layer=finding.layer)
+    if all(check.passed for check in judged.logits if check.name == "decode"):
+        cause = f"not known: one token at a time all logits are right, and no cause can be told from {judged.first_bad}"
+        return Located(finding, nothing, cause)
+    try:
+        return Located(finding, _logits_of(case, held, point, finding.layer))
+    except Exception as error:
+        if not from_backend(error):
+            raise
+        held.drop(error)
+        notes = (*finding.notes, f"it broke when its logits were wanted once more: {told(error)}")
+        return Located(replace(finding, notes=notes, broke=True), nothing)
 
 
 def _logits_of(case: Case, held: Held, point: str | None, layer: int | None) -> Evidence:

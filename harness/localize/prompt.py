@@ -16,9 +16,10 @@ def shortest(
 ) -> tuple[tuple[int, ...], str]:
     """A prompt that fails, and what ended the search (``12 s``, ``200 tries``); empty: no token can be left out.
 
-    ``tokens`` itself must fail; ``near``: the position where it seems to. Tokens are tried alone, that one first; then
-    ends, chunks and single tokens are left out (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing
-    Input", 2002), which by itself may end at two tokens where another one fails alone.
+    ``tokens`` itself must fail; ``fails`` may raise Enough, which ends the search; ``near``: the position where it
+    seems to. Tokens are tried alone, that one first; then ends, chunks and single tokens are left out (Zeller and
+    Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", 2002), which by itself may end at two tokens
+    where another one fails alone.
     """
     began = clock()
     known: dict[tuple[int, ...], bool] = {}
@@ -26,9 +27,9 @@ def shortest(
     def check(candidate: tuple[int, ...]) -> bool:
         if candidate not in known:
             if len(known) >= MOST_TRIES:
-                raise _Enough(f"{MOST_TRIES} tries")
+                raise Enough(f"{MOST_TRIES} tries")
             if clock() - began > MOST_SECONDS:
-                raise _Enough(f"{MOST_SECONDS:.0f} s")
+                raise Enough(f"{MOST_SECONDS:.0f} s")
             known[candidate] = bool(candidate) and fails(candidate)
         return known[candidate]
 
@@ -43,13 +44,13 @@ def shortest(
             best[0] = best[0][: near + 1]
         _beginning(check, best)
         _complements(check, best)
-    except _Enough as enough:
+    except Enough as enough:
         return best[0], str(enough)
     return best[0], ""
 
 
-class _Enough(Exception):
-    """No more tries; what has run out."""
+class Enough(Exception):
+    """No more tries; what has run out, or what came in between."""
 
 
 def _beginning(check: Callable[[tuple[int, ...]], bool], best: list[tuple[int, ...]]) -> None:

@@ -192,6 +192,18 @@ def test_what_was_tried_in_vain_is_told() -> None:
     assert "\nfix      none found; tried: " in as_text(told, about)
 
 
+@pytest.mark.parametrize("error", [KeyError, TypeError, MemoryError])
+def test_whatever_a_try_ends_with_the_next_one_is_tried(error: type[Exception]) -> None:
+    class Dies(Bench):
+        def open(self, weights: Weights, scheme: Any = None, change: Any = None) -> Any:
+            raise error("boom")
+
+    search = find_fix(finding("blocks.1.att.k", DIVERGED), evidence(WEIGHTS), Dies(EMULATED, "fp16", threads=1))
+    assert search.fix is None
+    assert len(search.tries) > 1
+    assert all(f": {error.__name__}: " in tried for tried in search.tries)
+
+
 @pytest.mark.parametrize("name", ["att.v", "ffn.k2", "ffn.v", "att.out", "ln1", "ln2", "ffn.residual"])
 def test_rescaling_keeps_the_function(name: str) -> None:
     """To float64's own precision but for eps, which the stream's scale makes count; and what overflowed fits."""

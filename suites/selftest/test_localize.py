@@ -287,6 +287,58 @@ def test_a_backend_that_breaks_while_watched_is_looked_at_otherwise() -> None:
         found(lambda weights: BreaksWhenWatched(weights, {}), method=TRACE)
 
 
+class DiesLater(Traced):
+    """Dies in a call of 20 tokens: no method makes one, the search for a short prompt does."""
+
+    error: type[Exception] = KeyError
+
+    def _run(self, tokens: Sequence[int], state: Any, tap: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        if len(tokens) == 20 and state is None:
+            raise self.error("boom")
+        return super()._run(tokens, state, tap)
+
+
+class DiesOfMemory(DiesLater):
+    error = MemoryError
+
+
+@pytest.mark.parametrize("made", [DiesLater, DiesOfMemory])
+def test_a_backend_that_dies_once_it_is_located_loses_nothing(made: type[DiesLater]) -> None:
+    faults: Faults = {"blocks.1.ffn.k2": lambda h: no_square(h) ** (1 if len(h.read("ffn.k")) > 19 else 2)}
+    finding = found(lambda weights: made(weights, faults))
+    assert (finding.verdict, finding.method, finding.point) == (DIVERGED, TRACE, "blocks.1.ffn.k2")
+    assert finding.cause
+    assert (finding.prompt, finding.prompt_stopped) == (tuple(TOKENS), "a call that broke")
+    assert any(f"it broke on 20 tokens: {made.error.__name__}: " in note for note in finding.notes)
+    assert finding.broke
+
+
+def test_a_backend_that_dies_when_it_is_not_watched_any_more_loses_nothing() -> None:
+    """Twice: in the run beside the trace, and when it is closed."""
+
+    class Dies(Traced):
+        traced = False
+
+        def trace(self, tokens: Sequence[int], state: Any, tap: Any) -> tuple[np.ndarray, Any]:
+            self.traced = True
+            return super().trace(tokens, state, tap)
+
+        def forward(self, tokens: Sequence[int], state: Any) -> tuple[np.ndarray, Any]:
+            if self.traced:
+                raise RuntimeError("gone")
+            return super().forward(tokens, state)
+
+    @contextmanager
+    def closes_badly(weights: Weights) -> Iterator[Session]:
+        yield Dies(weights, FAULTS["blocks.1.ffn.k2"])
+        raise RuntimeError("not closed")
+
+    finding = localize(closes_badly, WEIGHTS, "fp32", FP32, TOKENS, fix=False)
+    assert (finding.method, finding.point) == (TRACE, "blocks.1.ffn.k2")
+    assert any("run unwatched again: RuntimeError: gone" in note for note in finding.notes)
+    assert any("it broke while it was closed: RuntimeError: not closed" in note for note in finding.notes)
+
+
 class Uncut(Faulty):
     """A compiled library: one model and no other."""
 
@@ -465,6 +517,42 @@ def test_a_backend_that_dies_while_traced_loses_nothing(bench: Callable[..., Don
     found = json.loads(done.out)
     assert (found["verdict"], found["method"], found["layer"]) == ("diverged", "state", None)
     assert any("broke while watched: ChildDied: exited with status 7" in note for note in found["notes"])
+
+
+DIES_LATER = """
+import os
+from backends import numpy_reference
+from backends.api import BackendInfo
+from reference.numerics import Arithmetic
+
+INFO = BackendInfo("dies_later", "wrong from 20 tokens on, dies at 24", "a test", ("cpu",), {"fp32": Arithmetic()})
+
+class Dies(numpy_reference.NumpySession):
+    def forward(self, tokens, state):
+        if len(tokens) == 24 and state is None:
+            os._exit(7)
+        logits, state = super().forward(tokens, state)
+        return logits * (1.5 if len(tokens) >= 20 else 1), state
+    logits = None
+
+def load(checkpoint, scheme, device, threads):
+    return Dies(checkpoint, None)
+"""
+
+
+def test_a_backend_that_dies_while_a_prompt_is_searched_for_loses_nothing(
+    bench: Callable[..., Done], small: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "dies_later.py"
+    file.write_text(DIES_LATER)
+    done = bench("localize", "--model", small, "--backend", str(file), "--no-fix", "--format", "json")
+    assert done.code == 1, done.err
+    found = json.loads(done.out)
+    assert (found["verdict"], found["method"], found["point"]) == ("diverged", "truncation", "logits")
+    assert "one token at a time all logits are right" in found["cause"]
+    assert len(found["prompt"]) == 48
+    words = "the shortest failing prompt: it broke on 24 tokens: ChildDied: exited with status 7"
+    assert any(words in note for note in found["notes"])
 
 
 #: A runner of libraries it did not build: INFO says float32, the library computes in bfloat16 and says so (or not).
