@@ -14,6 +14,10 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[triton]'")
 pytest.importorskip("triton", reason="triton is not installed: pip install 'rwkv-bench[triton]'")
 
+from backends.triton_cuda.matrix import FUSED_ROWS
+from backends.triton_cuda.tiles import gemm_tile
+from suites.throughput.triton_aot import PROMPTS
+
 
 def compiled(*arguments: str) -> list[dict[str, Any]]:
     """Rows of the command that compiles ahead of time; it must not run in the interpreter."""
@@ -35,8 +39,18 @@ def test_every_kernel_compiles_for_a_gpu_and_spills_nothing() -> None:
     rows = compiled("--model", "7b-world", "--quant", "q4f16_1", "--arch", "90")
     assert {row["kernel"] for row in rows} == ALL_KERNELS
     places = {row["what"] for row in rows}
-    assert places == {"decode", "batch of 4", "prompt of 16", "prompt of 512", "traced 1", "traced 16"}
+    prompts = {"prompt of 16", "prompt of 32", "prompt of 64", "prompt of 512"}
+    assert places == {"decode", "batch of 4", "traced 1", "traced 16"} | prompts
+    fused = {row["what"] for row in rows if row["kernel"] == "gemm_packed"}
+    assert fused >= {"prompt of 32", "prompt of 64"}, "longer prompts have larger tiles"
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 and row["cubin"] > 0 for row in rows)
+
+
+def test_every_tile_of_a_fused_product_is_compiled() -> None:
+    """Of prompts and batches up to the length from which packed weights are dequantized first."""
+    for kn in (False, True):
+        tiles = {gemm_tile(rows, 512, kn) for rows in range(2, FUSED_ROWS + 1)}
+        assert {gemm_tile(length, 512, kn) for length in PROMPTS if length <= FUSED_ROWS} == tiles
 
 
 def test_nothing_is_compiled_in_the_interpreter() -> None:

@@ -31,8 +31,8 @@ ARCHITECTURES = (80, 89, 90)
 STRICT = 90
 _INSTALL = "pip install '.[triton]'"
 
-#: A fused product with packed weights, and dequantize-then-cuBLAS.
-PROMPTS = (16, 512)
+#: A fused product with packed weights in each of its tiles, and dequantize-then-cuBLAS.
+PROMPTS = (16, 32, 64, 512)
 
 
 @dataclass(frozen=True)
