@@ -1,9 +1,10 @@
 """Continue a broken run: which cells of a plan have finished rows in the store, so that only the others are measured.
 
 Every row that is timed names, under ``session``, what was asked of its cell and by which code: backend, scheme,
-place, the model's content, threads, workload, sampling, seed, how its process is run, and the source of
-``reference``, ``backends`` and ``harness``. A cell is finished where a run has told its decode row: a speed,
-or the verdict that there is none. What was interrupted, crashed or hung, or was not available, is measured again.
+place, the model's content, threads, workload, sampling, seed, how its process is run, the source of
+``reference``, ``backends`` and ``harness``, and the versions of the runtime and of what it computes with. A cell is
+finished where a run has told its decode row: a speed, or the verdict that there is none. What was interrupted,
+crashed or hung, or was not available, is measured again.
 """
 
 from __future__ import annotations
@@ -12,20 +13,28 @@ import hashlib
 import inspect
 import json
 import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import harness
 import reference
 from backends.index import LIBRARIES, load_backend
+from harness.isolation.start import environment
 from harness.plan import Cell, Request
 from harness.rows import Row
 from harness.samples import INTERRUPTED, Sampling
+from harness.session import version
 from harness.store import read
 
 _AGAIN = ("CRASHED", "TIMEOUT", "UNAVAILABLE")
+
+
+#: What runtimes compute with whose own version says nothing of it.
+_LIBRARIES = ("numpy", "torch")
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ def earlier(store: Path, cells: Sequence[Cell], session_of: Callable[[Cell], str
 
 
 def session(cell: Cell, model_sha256: str, request: Request, sampling: Sampling) -> str:
-    """Sixteen hex digits that are equal only where the same was asked of the same cell by the same code."""
+    """Sixteen hex digits that are equal only where the same was asked of the same cell by the same code and runtime."""
     asked = {
         "backend": [cell.backend, os.environ.get(LIBRARIES.get(cell.backend, ""))],
         "scheme": cell.scheme,
@@ -60,6 +69,7 @@ def session(cell: Cell, model_sha256: str, request: Request, sampling: Sampling)
         "seed": request.seed,
         "process": [request.isolate, request.timeout, request.placement and str(request.placement)],
         "code": code_version(cell.backend),
+        "runtime": runtime(cell),
     }
     return _digest(json.dumps(asked, sort_keys=True, default=str).encode())
 
@@ -75,6 +85,29 @@ def code_version(backend: str) -> str:
     for file in sorted(files):
         told.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return told.hexdigest()[:16]
+
+
+def runtime(cell: Cell) -> list[str] | None:
+    """Versions of what computes a cell on this machine; ``None`` on a host, which is not asked before it measures."""
+    if cell.hardware.host is not None:
+        return None
+    module = load_backend(cell.backend)
+    try:
+        apart = environment(cell.backend, module)
+        if apart is not None:
+            return [apart.version, *apart.lock]
+        told = version(module)
+    except Exception as error:  # noqa: BLE001 - a backend may raise anything, and says so when it is opened
+        told = type(error).__name__
+    libraries = [f"{name} {_installed(name)}" for name in _LIBRARIES]
+    return [f"{cell.backend} {told}", f"Python {platform.python_version()}", *libraries]
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _source(backend: str) -> list[Path]:

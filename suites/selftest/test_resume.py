@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -94,6 +97,31 @@ def test_other_code_is_another_plan(small: str, bench: Bench, monkeypatch: pytes
     assert "1 of 1 cells taken over" in bench(*one, "--resume").err
     monkeypatch.setattr(resume, "code_version", lambda backend: "other")
     assert "everything is measured" in bench(*one, "--resume").err
+
+
+@pytest.mark.parametrize("package", ["numpy", "torch"])
+def test_another_version_of_what_computes_is_another_plan(
+    package: str, small: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = ("--model", small, "--backend", "numpy", "--quant", "fp32", "--threads", "1", "--quick")
+    assert bench(*one).code == 0
+    assert "1 of 1 cells taken over" in bench(*one, "--resume").err
+    here = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == package else here(name))
+    assert "everything is measured" in bench(*one, "--resume").err
+
+
+def test_the_runtime_is_what_the_backend_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell: Any = SimpleNamespace(backend="numpy", hardware=SimpleNamespace(host=None))
+    told = {}
+    for answer in (lambda: "1.0", lambda: "2.0", lambda: 1 / 0):
+        monkeypatch.setattr("backends.numpy_reference.version", answer, raising=False)
+        told[answer] = resume.runtime(cell)
+    assert len({str(found) for found in told.values()}) == 3
+    apart = SimpleNamespace(version="3.10", lock=("torch==2.1",))
+    monkeypatch.setattr(resume, "environment", lambda name, module: apart)
+    assert resume.runtime(cell) == ["3.10", "torch==2.1"]
+    assert resume.runtime(SimpleNamespace(backend="numpy", hardware=SimpleNamespace(host="far"))) is None  # type: ignore[arg-type]
 
 
 def test_a_failure_is_finished_and_a_crash_is_not(small: str, bench: Bench) -> None:
