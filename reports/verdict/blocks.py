@@ -10,14 +10,16 @@ without a pause are no more independent than blocks are, and count as one (:mod:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from harness.rows import Row, cell, identity
+from harness.rows import Row, identity
 from reference.errors import InputError
 from reports.verdict import spacing
+from reports.verdict.pairing import Key, key_of
+from reports.verdict.parity import Verdict, over_runs
 from reports.verdict.spacing import Span
 
 #: What is compared: speeds, and the time to the first token where it is asked for.
@@ -57,13 +59,13 @@ class Series:
 class File:
     """What one file says.
 
-    series    (cell, metric) -> its blocks              verdicts  cell -> the last verdict on it, and why
+    series    (cell, metric) -> its blocks              verdicts  cell -> the worst verdict of its runs
     rows      cell -> any row of it, for its names      doubled   rows left out as copies of others
     """
 
-    series: Mapping[tuple[Any, ...], Series]
-    verdicts: Mapping[tuple[Any, ...], tuple[str, str]]
-    rows: Mapping[tuple[Any, ...], Row]
+    series: Mapping[tuple[Key, str], Series]
+    verdicts: Mapping[Key, Verdict]
+    rows: Mapping[Key, Row]
     doubled: int
 
 
@@ -72,26 +74,21 @@ def read_rows(rows: Sequence[Row], metrics: Sequence[str] = SPEEDS) -> File:
     own: dict[tuple[Any, ...], Row] = {}
     measured = [row for row in rows if row.kind == "measured"]
     for row in measured:
-        own.setdefault(identity(row), row)
+        own.setdefault((*identity(row), key_of(row)), row)
     spans = _spans(list(own.values()))
-    series: dict[tuple[Any, ...], Series] = {}
-    verdicts: dict[tuple[Any, ...], tuple[str, str, str]] = {}
-    known: dict[tuple[Any, ...], Row] = {}
+    series: dict[tuple[Key, str], Series] = {}
+    judged: dict[Key, list[Row]] = {}
+    known: dict[Key, Row] = {}
     for row in sorted(own.values(), key=lambda row: row.time or ""):
-        key = cell_of(row)
+        key = key_of(row)
         known.setdefault(key, row)
         if row.verdict is not None:
-            verdicts[key] = _worst(verdicts.get(key), row)
+            judged.setdefault(key, []).append(row)
         if row.metric in metrics and row.samples and row.verdict in _TIMED:
             found = series.setdefault((key, row.metric), Series(row))
             _add(found, row, spans)
-    said = {key: (verdict, why) for key, (verdict, why, _) in verdicts.items()}
-    return File(series, said, known, len(measured) - len(own))
-
-
-def cell_of(row: Row) -> tuple[Any, ...]:
-    """The cell without the driver, which parity rows do not have."""
-    return cell(replace(row, driver=None, quality=None))
+    verdicts = {key: over_runs(own) for key, own in judged.items()}
+    return File(series, verdicts, known, len(measured) - len(own))
 
 
 def _add(series: Series, row: Row, spans: Mapping[tuple[Any, ...], Span]) -> None:
@@ -106,7 +103,7 @@ def _add(series: Series, row: Row, spans: Mapping[tuple[Any, ...], Span]) -> Non
         else:
             run = (row.run, row.time, start) if apart else (row.run,)
             series.runs.setdefault(run, []).append(float(np.log(samples[start : start + count]).mean()))
-            series.spans[run] = _both(series.spans.get(run), when or spans[cell_of(row), row.run])
+            series.spans[run] = _both(series.spans.get(run), when or spans[key_of(row), row.run])
 
 
 def _processes_apart(row: Row) -> bool:
@@ -146,7 +143,7 @@ def _spans(rows: Sequence[Row]) -> dict[tuple[Any, ...], Span]:
     """(cell, run) -> from when to when it was measured, as its rows and their blocks say."""
     found: dict[tuple[Any, ...], Span] = {}
     for row in rows:
-        written, at = spacing.seconds(row.time or ""), (cell_of(row), row.run)
+        written, at = spacing.seconds(row.time or ""), (key_of(row), row.run)
         samples = sum(row.samples or ()) / 1e9 if row.metric in METRICS else 0.0
         found[at] = _both(found.get(at), (written - samples, written))
         for block in row.blocks or ():
@@ -157,14 +154,3 @@ def _spans(rows: Sequence[Row]) -> dict[tuple[Any, ...], Span]:
 def _both(known: Span | None, more: Span) -> Span:
     """The time that holds both."""
     return more if known is None else (min(known[0], more[0]), max(known[1], more[1]))
-
-
-_ORDER = ("CRASHED", "TIMEOUT", "FAIL", "UNAVAILABLE", "UNSUPPORTED", "PASS")
-
-
-def _worst(before: tuple[str, str, str] | None, row: Row) -> tuple[str, str, str]:
-    """The worst verdict of the latest run: an older run's failure that has been mended does not count."""
-    new = (str(row.verdict), row.reason or "", row.run or "")
-    if before is None or before[2] != new[2]:
-        return new
-    return new if _ORDER.index(new[0]) < _ORDER.index(before[0]) else before

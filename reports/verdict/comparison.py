@@ -11,14 +11,13 @@ import numpy as np
 
 from harness.rows import Row
 from harness.stats import derived
+from reports.cells import machine_of
 from reports.verdict.blocks import File, Series
 from reports.verdict.decision import FASTER, NO_SLOWER, SLOWER, UNDECIDED, Answer, Rules, judge, prepared
+from reports.verdict.pairing import Key, paired, parted
+from reports.verdict.parity import BROKEN, Judged, flaky, judged, judged_pairs
 from reports.verdict.permutation import Arms
 from reports.verdict.spacing import PAUSE, needed_text
-
-#: Verdicts of a cell that computed what it should, as far as that can be judged.
-_SOUND = ("PASS", "UNSUPPORTED")
-_BROKEN = ("FAIL", "CRASHED", "TIMEOUT")
 
 _FIELDS = {it.name for it in fields(Row)}
 _NAMES = ("hardware", "device", "model", "backend", "scheme", "threads")
@@ -35,30 +34,6 @@ class Line:
     head: float
     answer: Answer
     left_out: int = 0
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Verdicts of one cell on both sides; ``None`` where it was not judged.
-
-    one_machine  both sides had the same machine: what head cannot run or judge any more, head has lost
-    """
-
-    names: Mapping[str, str]
-    base: str | None
-    head: str | None
-    why: str
-    one_machine: bool = False
-
-    @property
-    def lost(self) -> bool:
-        """Whether head cannot be run, or cannot be judged, where base could."""
-        return (self.base in _SOUND and self.head == "UNAVAILABLE") or (self.base, self.head) == ("PASS", "UNSUPPORTED")
-
-    @property
-    def regression(self) -> bool:
-        """Whether head is wrong, or does not run, where base was right."""
-        return (self.base in _SOUND and self.head in _BROKEN) or (self.one_machine and self.lost)
 
 
 @dataclass(frozen=True)
@@ -106,30 +81,51 @@ class Comparison:
 
 def compare(base: File, head: File, rules: Rules, names: tuple[str, str] = ("base", "head")) -> Comparison:
     """Two stored files: their runs stand in no relation to each other, so they are not pairs."""
-    shared = [key for key in base.series if key in head.series]
-    ready, merged = prepared([Arms(base.series[key].apart, head.series[key].apart) for key in shared])
+    shared = _shared(base, head)
+    arms = [Arms(base.series[ours].apart, head.series[theirs].apart) for ours, theirs in shared]
+    ready, merged = prepared(arms)
     answers = judge(ready, rules, merged)
-    lines = [_line(base.series[key], head.series[key], answer) for key, answer in zip(shared, answers, strict=True)]
-    parity = [
-        Judged(names_of(_known(base, head, key)), *_both(base, head, key))
-        for key in dict.fromkeys([*base.rows, *head.rows])
-        if key in base.verdicts or key in head.verdicts
-    ]
-    lost = [_label(_known(base, head, key), "parity") for key in base.rows if _lost(base, head, key)]
-    broken = {id_ for id_ in base.rows if head.verdicts.get(id_, ("",))[0] in _BROKEN}
-    missing = [_label(base.series[key].row) for key in base.series if key not in head.series and key[0] not in broken]
-    added = [_label(head.series[key].row) for key in head.series if key not in base.series]
+    lines = [_line(base.series[b], head.series[h], answer) for (b, h), answer in zip(shared, answers, strict=True)]
+    parity, flaky = _parity(base, head, rules, names)
+    ours, theirs = {b for b, _ in shared}, {h for _, h in shared}
+    gone = [key for key in base.series if key not in ours]
+    new = [key for key in head.series if key not in theirs]
+    silent = {key.what for key, _ in gone}
+    broken = [key for key, verdict in head.verdicts.items() if verdict.worst in BROKEN]
+    missing = [_label(base.series[key].row) for key in gone if not any(key[0].may_be(other) for other in broken)]
+    lost = [_label(_known(base, head, key), "parity") for key, cell in parity if cell.lost and key.what not in silent]
     return Comparison(
         names,
         rules,
         False,
         tuple(lines),
-        tuple(parity),
+        tuple(cell for _, cell in parity),
         (*missing, *lost),
-        tuple(added),
+        tuple(_label(head.series[key].row) for key in new),
         merged,
-        _notes(base, head, names),
+        (*parted([key for key, _ in gone], [key for key, _ in new], names), *flaky, *_notes(base, head, names)),
     )
+
+
+def _shared(base: File, head: File) -> list[tuple[tuple[Key, str], tuple[Key, str]]]:
+    """Cells and metrics of base with what they are in head."""
+    found = {}
+    for metric in dict.fromkeys(metric for _, metric in base.series):
+        sides = ([key for key, of in file.series if of == metric] for file in (base, head))
+        found.update({(ours, metric): (theirs, metric) for ours, theirs in paired(*sides)})
+    return [(key, found[key]) for key in base.series if key in found]
+
+
+def _parity(base: File, head: File, rules: Rules, names: tuple[str, str]) -> tuple[list[tuple[Key, Judged]], list[str]]:
+    """What was judged, and notes on what fails at times."""
+    every = judged_pairs(base.verdicts, head.verdicts)
+    found, notes = [], []
+    for key, before, after in every:
+        row = _known(base, head, key)
+        found.append((key, judged(names_of(row), before, after, rules.of_one(len(every)))))
+        for name, side in zip(names, (before, after), strict=True):
+            notes += flaky(name, _label(row, "parity"), side)
+    return found, notes
 
 
 def names_of(row: Row) -> dict[str, str]:
@@ -139,6 +135,7 @@ def names_of(row: Row) -> dict[str, str]:
         batch = f"×{row.workload.batch}" if row.workload.batch > 1 else ""
         found["workload"] = f"{row.workload.prompt_tokens}+{row.workload.decode_tokens}{batch}"
     found["process"] = "own" if row.isolated else ""
+    found["machine"], found["weights"] = machine_of(row), (row.model_sha256 or "")[:12]
     return found
 
 
@@ -174,20 +171,8 @@ def _with_sample(row: Row, ns: float) -> Row:
     return replace(row, samples=(ns,), extra={}, **empty)
 
 
-def _both(base: File, head: File, key: tuple[Any, ...]) -> tuple[str | None, str | None, str]:
-    before, after = base.verdicts.get(key), head.verdicts.get(key)
-    why = (after or before or ("", ""))[1]
-    return before and before[0], after and after[0], why
-
-
-def _known(base: File, head: File, key: tuple[Any, ...]) -> Row:
-    return base.rows.get(key) or head.rows[key]
-
-
-def _lost(base: File, head: File, key: tuple[Any, ...]) -> bool:
-    """Whether head has lost the cell, where no speed that is missing says so already."""
-    gone = any(of == key and (of, metric) not in head.series for of, metric in base.series)
-    return not gone and Judged({}, *_both(base, head, key)).lost
+def _known(base: File, head: File, key: Key) -> Row:
+    return head.rows.get(key) or base.rows[key]
 
 
 def _label(row: Row, metric: str | None = None) -> str:
