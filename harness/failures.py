@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,9 +41,10 @@ def failure_row(error: Exception, base: Row, cell: Cell, job: Job, metric: str) 
     verdict, reason = verdict_of(error, cell, job)
     library = os.environ.get(LIBRARIES.get(cell.backend, ""), "")
     named = isinstance(error, CheckpointError) and bool(library)  # the model itself was opened before
+    judged = metric in ("prefill", "decode") and out_of_memory(error) is not None  # its parity has a row already
     return replace(
         base,
-        metric="parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") else metric,
+        metric="parity" if verdict in ("UNAVAILABLE", "UNSUPPORTED") and not judged else metric,
         unit="",
         verdict=verdict,
         reason=one_line(reason),
@@ -57,7 +61,7 @@ def apart_of(cell: Cell, job: Job) -> Apart | None:
 
 
 def verdict_of(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
-    """What an exception of a cell makes of it, and why."""
+    """What an exception of a cell makes of it, and why. Device memory that ran out is given back first."""
     if isinstance(error, Unavailable):
         return "UNAVAILABLE", str(error)
     if isinstance(error, (Unsupported, InputError)):
@@ -68,11 +72,44 @@ def verdict_of(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
         return "TIMEOUT", str(error)
     if isinstance(error, ChildDied):
         return "CRASHED", str(error)
+    short = out_of_memory(error)
+    if short is not None:
+        _give_back(error)
+        told = f"{cell.backend} ran out of memory of {cell.hardware.device}: {short}"
+        return "UNAVAILABLE", f"{told}; try a smaller scheme, model or prompt"
     remote = isinstance(error, RemoteError)
     lines = error.traceback if isinstance(error, RemoteError) else traceback.format_exc()
     where = save_bundle(job.run, str(cell), {"traceback": lines})
     what = one_line(str(error) if remote else f"{type(error).__name__}: {error}").rstrip(": ")
     return "CRASHED", f"{what}; traceback in {where}"
+
+
+#: What torch says, its TorchScript among other lines, and MPS in a plain RuntimeError.
+_SHORT = re.compile(r"\b(?:CUDA|HIP|MPS)\b[^.\n]{0,20}\bout of memory\b(?:\. Tried to allocate [\d.]+ \w+)?")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What a runtime said of device memory that ran out, here or on the far side; ``None`` for any other error."""
+    text = str(error)
+    found = _SHORT.search(text)
+    if isinstance(error, (RuntimeError, RemoteError)) and found is not None:
+        return found[0]
+    name = text.partition(":")[0] if isinstance(error, RemoteError) else type(error).__name__
+    return one_line(text) if name == "OutOfMemoryError" else None
+
+
+def _give_back(error: BaseException) -> None:
+    """Frames of the traceback hold tensors; what torch, if it is here at all, keeps of them goes back to the device."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.cuda.empty_cache()  # nothing where CUDA has not been used
+        if torch.backends.mps.is_available():
+            torch.mps.empty_cache()
 
 
 def first_bad(checks: Sequence[Check]) -> Check | None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from backends.api import Generating, Unavailable, Unsupported
 from harness.cell_rows import Job, arithmetic_text, base_row
+from harness.failures import out_of_memory
 from harness.hardware import Hardware, local_hardware
+from harness.isolation.remote import RemoteError
 from harness.measure import Sampling, Workload
 from harness.models import gate_tokens, open_model
 from harness.parity import gate
@@ -91,6 +93,11 @@ def main(words: Sequence[str]) -> int:
         return _said(error, NOT_AVAILABLE)
     except InputError as error:
         return _said(error, BAD_INPUT)
+    except (RuntimeError, RemoteError) as error:
+        short = out_of_memory(error)
+        if short is None:
+            raise
+        return _said(f"it ran out of device memory: {short}", NOT_AVAILABLE)
     sys.stdout.write(line(row))
     return FAILED if row.verdict == "FAIL" else PASSED
 
