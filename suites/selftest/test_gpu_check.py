@@ -396,6 +396,19 @@ def test_a_budget_in_which_nothing_begins_is_status_3(tmp_path: Path, capsys: py
     assert main(["gpu-check", "--rehearse", "--backend", "torch", "--only", "wkv", "--output", str(tmp_path)]) == 3
 
 
+def test_the_rival_of_wkv_has_an_install_line_that_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'rwkv-bench[triton]'")
+    from suites.throughput import compare_wkv
+
+    monkeypatch.setattr("backends.triton_cuda.machine.installed", lambda package: "")
+    assert compare_wkv.main(["--kernel", "fla", "--device", "cuda", "--tokens", "8", "--width", "32"]) == 3
+    assert capsys.readouterr().err == "fla is not installed; pip install 'rwkv-bench[fla]'\n"
+    root = Path(compare_wkv.__file__).parents[2]
+    assert 'fla = ["fla-core' in (root / "pyproject.toml").read_text(encoding="utf-8")
+
+
 # --- ratios
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,13 +145,13 @@ def fla_kernel(given: Inputs, device: Any) -> Kernel:
 KERNELS = {"triton": triton_kernel, "fla": fla_kernel}
 #: What a kernel makes, times this, is wkv: ours is gated by the sigmoid of a receptance of 0.
 _SCALES = {"triton": 2.0, "fla": 1.0}
-_PACKAGES = {"triton": "triton", "fla": "flash-linear-attention"}
+_PACKAGES = {"triton": "triton", "fla": "fla-core"}
 
 
 def opened(kernel: str, device: str) -> Any:
     """``torch.device`` that the kernel runs on. Raises Unavailable, Unsupported."""
-    if kernel == "fla" and find_spec("fla") is None:
-        raise Unavailable("flash-linear-attention is not installed", "pip install flash-linear-attention")
+    if kernel == "fla" and not machine.installed(_PACKAGES[kernel]):
+        raise Unavailable("fla is not installed", "pip install 'rwkv-bench[fla]'")
     if kernel == "fla" and not device.startswith("cuda"):
         raise Unavailable(f"fla.ops.rwkv4 does not run on {device}", "it needs a CUDA device")
     machine.check()

@@ -172,7 +172,7 @@ def _off(got: Any, want: np.ndarray) -> float:
 
 
 def _fla_version() -> str:
-    return machine.installed("flash-linear-attention") or "is not installed"
+    return machine.installed("fla-core") or "is not installed"
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
