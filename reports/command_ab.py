@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from harness.outcome import Outcome
 from harness.status import CRASHED, INTERRUPTED
 from reference.errors import InputError
-from reports.command_compare import outcome, rule_options, rules_of
+from reports.command_compare import check_also, outcome, rule_options, rules_of
 
 if TYPE_CHECKING:
     from harness.plan import Plan, Request
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace, tell: Tell, kind: str) -> Outcome:
     from reports.ab_work import Work
 
     rules = rules_of(arguments)
+    check_also(arguments)
     _check(arguments)
     if arguments.store:
         store_path(arguments.store)  # refused now if it could not be written after the work

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.outcome import Outcome
@@ -34,6 +35,9 @@ also what is undecided or missing.
 
 FORMATS = ("table", "md", "json", "junit")
 
+#: What a file's name ends in -> its format.
+ENDINGS = {".md": "md", ".xml": "junit", ".json": "json"}
+
 #: Recorded blocks from which reports can be drawn.
 FEWEST_RECORDED = 50
 
@@ -61,12 +65,13 @@ def rule_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--looks", type=_looks, default=2, metavar="N", help="readings of one comparison (default 2)")
     group.add_argument("--strict", action="store_true", help="exit 1 also for what is undecided or missing")
     more = "write it there as well, in the format its name ends in: .md, .xml, .json"
-    parser.add_argument("--also", action="append", default=[], metavar="FILE", help=more)
+    parser.add_argument("--also", action="append", default=[], metavar="FILE", type=_also, help=more)
 
 
 def run(arguments: argparse.Namespace, tell: Tell, kind: str) -> Outcome:
     """The verdict in the format ``kind``. Raises InputError."""
     rules = rules_of(arguments)
+    check_also(arguments)
     if arguments.self_test:
         if arguments.base or arguments.head:
             raise InputError("compare --self-test: takes no files; leave them out")
@@ -121,14 +126,18 @@ def outcome(found: Comparison, kind: str, arguments: argparse.Namespace) -> Outc
 
     strict, output = arguments.strict, arguments.output
     for path in arguments.also:
-        ending = os.path.splitext(path)[1].lstrip(".").lower()
-        write_output(path, _text(found, _ENDINGS.get(ending, "table"), strict, None))
+        write_output(path, _text(found, ENDINGS[_ending(path)], strict, None))
     code = FAILED if found.regression or (strict and found.open) else PASSED
     said = () if kind == "table" and not output else (found.conclusion,)
     return Outcome(_text(found, kind, strict, None if output else columns()), code, said)
 
 
-_ENDINGS = {"md": "md", "xml": "junit", "json": "json"}
+def check_also(arguments: argparse.Namespace) -> None:
+    """Raise StoreError now if a file of ``--also`` could not be written after the work."""
+    from reports.output import check_output
+
+    for path in arguments.also:
+        check_output(path, Path(getattr(arguments, "store", None) or ""))
 
 
 def _text(found: Comparison, kind: str, strict: bool, width: int | None) -> str:
@@ -165,6 +174,16 @@ def part(text: str) -> float:
     if not 0 <= value < 0.9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1% or 0.01 (below 90%)")
     return value
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _also(text: str) -> str:
+    if _ending(text) not in ENDINGS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(ENDINGS)}, which says its format")
+    return text
 
 
 def _reports(text: str) -> int:

@@ -16,8 +16,7 @@ from reports.verdict.permutation import Arms
 class Looks:
     """Readings of pairs while they are measured: an answer once given stands.
 
-    Each of ``rules.looks`` readings has its share of ``rules.alpha``; ``of`` is the number of cells and metrics that
-    were to be compared, whether or not all of them are.
+    Each of ``rules.looks`` readings has its share of ``rules.alpha``, over the cells and metrics that it is given.
     """
 
     def __init__(self, rules: Rules) -> None:

@@ -203,6 +203,8 @@ def test_junit_is_valid_and_counts(bench: Bench, tmp_path: Path) -> None:
         (("a.jsonl", "b.jsonl", "--margin", "5%"), "is not below --effect"),
         (("a.jsonl", "b.jsonl", "--margin", "lots"), "is not a part"),
         (("a.jsonl", "b.jsonl", "--metric", "decod"), "did you mean 'decode'"),
+        (("a.jsonl", "b.jsonl", "--also", "x.foo"), "does not end in .md, .xml, .json"),
+        (("a.jsonl", "nowhere.jsonl", "--also", "no folder/x.md"), "cannot write no folder/x.md"),
         (("a.jsonl", "--self-test"), "takes no files"),
         (("--self-test", "--seconds", "0"), "--seconds is 0"),
     ],
