@@ -409,6 +409,19 @@ def test_the_rival_of_wkv_has_an_install_line_that_holds(
     assert 'fla = ["fla-core' in (root / "pyproject.toml").read_text(encoding="utf-8")
 
 
+def test_the_rival_of_wkv_is_judged_with_the_state_that_it_stores() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'rwkv-bench[torch]'")
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'rwkv-bench[triton]'")
+    from suites.throughput import compare_wkv
+
+    given = compare_wkv.inputs(40, 32)
+    bounds = {kernel: compare_wkv.truth_of(given, stored) for kernel, stored in compare_wkv._STATES.items()}
+    y, state = (torch.from_numpy(x.astype("float16")) for x in (bounds["fla"].y, bounds["fla"].state))
+    assert compare_wkv.judged((y, state), bounds["fla"], 1.0)[1] is None
+    assert "aa of the state after" in str(compare_wkv.judged((y, state), bounds["triton"], 1.0)[1])
+    assert "aa of the state after" in str(compare_wkv.judged((y, 1.01 * state), bounds["fla"], 1.0)[1])
+
+
 # --- ratios
 
 

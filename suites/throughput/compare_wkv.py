@@ -76,14 +76,18 @@ class Truth(NamedTuple):
     state_bounds: np.ndarray
 
 
-def truth_of(given: Inputs) -> Truth:
-    """K times what is unavoidable: a rounding to fp16 of wkv, float32 exponents of the state, float32 sums of both."""
+def truth_of(given: Inputs, stored: str = "fp32") -> Truth:
+    """K times what is unavoidable: a rounding to fp16 of wkv, float32 exponents of the state, float32 sums of both.
+
+    A state that is stored as ``fp16`` is rounded to that besides.
+    """
     past = WkvState(*np.array([[0.0], [0.0], [-1e30]]) * np.ones(given.k.shape[1]))
     wide = [x.astype(np.float64) for x in given]
     y, state = wkv(wide[0], wide[1], wide[2], wide[3], past, Exact(np.float64))
     single, after = wkv(*given, WkvState(*(x.astype(np.float32) for x in past)), Exact(np.float32))
     exponents = 1 + 2 * float(np.abs(given.k).max())  # exp of a difference of two keys, each rounded
-    bounds = [UNIT_ROUNDOFF["fp32"] * exponents + off(mine, exact) for mine, exact in zip(after, state, strict=True)]
+    rounding = UNIT_ROUNDOFF["fp32"] * exponents + (UNIT_ROUNDOFF["fp16"] if stored == "fp16" else 0.0)
+    bounds = [rounding + off(mine, exact) for mine, exact in zip(after, state, strict=True)]
     return Truth(y, np.stack(state), K * (UNIT_ROUNDOFF["fp16"] + off(single, y)), K * np.array(bounds))
 
 
@@ -145,6 +149,8 @@ def fla_kernel(given: Inputs, device: Any) -> Kernel:
 KERNELS = {"triton": triton_kernel, "fla": fla_kernel}
 #: What a kernel makes, times this, is wkv: ours is gated by the sigmoid of a receptance of 0.
 _SCALES = {"triton": 2.0, "fla": 1.0}
+#: What the state after is stored as; fla takes the type of the keys.
+_STATES = {"triton": "fp32", "fla": "fp16"}
 _PACKAGES = {"triton": "triton", "fla": "fla-core"}
 
 
@@ -169,7 +175,7 @@ def row(kernel: str, tokens: int, width: int, device: str) -> Row:
 
 def _row(kernel: str, tokens: int, width: int, where: Any, device: str) -> Row:
     hardware, given = place(device), inputs(tokens, width)
-    work, truth = KERNELS[kernel](given, where), truth_of(given)
+    work, truth = KERNELS[kernel](given, where), truth_of(given, _STATES[kernel])
     error, wrong = judged(work(), truth, _SCALES[kernel])
     base = Row(
         kind="measured",
