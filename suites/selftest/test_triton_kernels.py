@@ -1,5 +1,6 @@
 """Every Triton kernel in the interpreter against numpy: ragged sizes, odd lengths, one token, every type.
 
+Those that make several things at once have test_triton_fused; together they are every kernel, which is held to there.
 Run by ``TRITON_INTERPRET=1 pytest`` (Triton decides when it is imported whether it compiles); CI does, as a step of its
 own. Blocks are made smaller than the data as well as larger, so that loops, masks and seams are all gone through.
 """
@@ -24,6 +25,7 @@ if not machine.interpreted():
 
 from backends.triton_cuda import kernels_gemm, kernels_gemv, matrix, model  # noqa: E402
 from backends.triton_cuda.tiles import Tile, power_of_two  # noqa: E402
+from suites.selftest.triton_launched import of  # noqa: E402
 from suites.throughput import compare_wkv, triton_wkv  # noqa: E402
 
 FORMATS = ("fp32", "fp16", "bf16", "int4 NK", "int4 KN", "int8 NK")
@@ -68,6 +70,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(("results", "columns", "small"), [(1, 1, False), (37, 130, True), (50, 33, False)])
+@of("gemv")
 def test_product_with_a_vector(
     monkeypatch: pytest.MonkeyPatch, kind: str, results: int, columns: int, small: bool
 ) -> None:
@@ -88,6 +91,7 @@ def test_product_with_a_vector(
 
 @pytest.mark.parametrize("kind", ["int4 NK", "int4 KN", "int8 NK"])
 @pytest.mark.parametrize(("rows", "small"), [(2, True), (19, False), (70, True)])
+@of("gemm_packed", "dequantize")
 def test_product_of_a_prompt_with_a_packed_matrix(
     monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, small: bool
 ) -> None:
@@ -102,6 +106,7 @@ def test_product_of_a_prompt_with_a_packed_matrix(
 
 
 @pytest.mark.parametrize(("length", "batch", "chunk"), [(1, 1, 16), (1, 3, 16), (23, 1, 5), (16, 2, 16), (33, 2, 8)])
+@of("wkv_totals", "wkv_output")
 def test_wkv_in_chunks(monkeypatch: pytest.MonkeyPatch, length: int, batch: int, chunk: int) -> None:
     """The seams between chunks, keys of 60, and a state that goes on, against the recurrence step by step."""
     monkeypatch.setattr(model, "wkv_chunk", lambda *a: chunk)
@@ -130,6 +135,7 @@ def test_wkv_in_chunks(monkeypatch: pytest.MonkeyPatch, length: int, batch: int,
 
 @pytest.mark.parametrize(("length", "batch", "width"), [(1, 1, 33), (1, 3, 64), (5, 2, 50)])
 @pytest.mark.parametrize("bits", [0, 4])
+@of("norm_mix")
 def test_norm_and_token_shift(monkeypatch: pytest.MonkeyPatch, length: int, batch: int, width: int, bits: int) -> None:
     blocks(monkeypatch, True)
     rows = batch * length
@@ -154,6 +160,7 @@ def test_norm_and_token_shift(monkeypatch: pytest.MonkeyPatch, length: int, batc
         assert off(mixed[j], want.numpy()) < CLOSE
 
 
+@of("square")
 def test_squared_relu_stays_in_range() -> None:
     """A row that would leave float16 is divided by a power of two; the others are not touched; NaN is not lost."""
     k = draw(5, 70)
@@ -173,6 +180,7 @@ def test_squared_relu_stays_in_range() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 100])
+@of("top_of_block", "choose")
 def test_arg_max(vocabulary: int) -> None:
     """The first of equal ones; NaN is larger than all, so that it cannot hide, and an id is always one."""
     logits = np.round(draw(4, vocabulary) * 2)
