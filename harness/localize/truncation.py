@@ -1,6 +1,7 @@
 """A backend that shows nothing but logits, over checkpoints of the first k layers: the smallest k that fails.
 
-Where every checkpoint above some k fails, bisection finds it. Which half of the last layer it is, is told by one more
+Where every checkpoint above some k fails, bisection finds it. An error may be small against what later layers add, so
+that a pass lies above a fail: then k is counted up from 1. Which half of the last layer it is, is told by one more
 checkpoint in which the other half does next to nothing.
 """
 
@@ -27,7 +28,7 @@ SILENT = 2.0**-12
 #: What is made small for it: what a half adds to the stream, and what would overflow before that.
 _QUIET = {"att": ("att.output",), "ffn": ("ffn.key", "ffn.value")}
 
-#: Layers below the one found that are tried too: the effect of an error may be hidden by the next layer.
+#: Layers below the one found that are tried too, and of what is finite 1: the next layers may hide an error.
 _CONFIRMED = 2
 
 
@@ -91,11 +92,14 @@ def smallest(case: Case, judged: Gate) -> Cut:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if cut_fails(middle) else (middle, high)
+    below = [*range(high - 1, max(0, high - 1 - _CONFIRMED), -1)]
+    finite = _finite(judged)
+    failing = [n for n in dict.fromkeys([*below, *([1] if finite and high > 1 else [])]) if cut_fails(n)]
     notes = []
-    for n in range(high - 1, max(0, high - 1 - _CONFIRMED), -1):
-        if cut_fails(n):
-            notes.append(f"{high - 1} layers pass and {n} fail: the next layer hides the error")
-            high = n
+    if failing:
+        passes, high = high - 1, next(n for n in range(1, high) if cut_fails(n)) if finite else failing[-1]
+        counted = f"; counted up from 1, {high} is the first" if finite else ""
+        notes.append(f"{passes} layers pass and {failing[0]} fail: the next layer hides the error{counted}")
     cut = first_layers(case.weights, high)
     seen = tuple(_seen(n, tried[n]) for n in sorted(tried))
     found = Cut(high, "", seen, notes=tuple(notes))
@@ -105,6 +109,11 @@ def smallest(case: Case, judged: Gate) -> Cut:
         return replace(found, overflow=known)
     half, why = _half(case, cut, broken)
     return replace(found, half=half, notes=(*notes, *why))
+
+
+def _finite(judged: Gate) -> bool:
+    """Whether what fails is an error: NaN and Inf, once there, stay in deeper models."""
+    return not any((check.problem or "").startswith(("NaN", "Inf")) for check in judged.logits)
 
 
 def fails(case: Case, weights: Weights) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -11,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from backends.api import Session
+from harness.checks import Check
+from harness.localize import truncation
 from harness.localize.by_layers import layered
+from harness.localize.case import Case
 from harness.localize.finding import DIVERGED, LOGITS, Finding, Seen
 from harness.localize.heatmap import grid
 from harness.localize.lockstep import Stream, layers
@@ -19,12 +24,14 @@ from harness.localize.off import allowed, first_place, off, rounding, size
 from harness.localize.prompt import MOST_SECONDS, MOST_TRIES, shortest
 from harness.localize.report import as_json, as_text
 from harness.localize.truncation import SILENT, first_layers, silenced
-from harness.tolerance import K
+from harness.parity import Gate
+from harness.tolerance import K, derive
 from reference.config import Config
 from reference.forward import forward
 from reference.numerics import Arithmetic, Exact
 from reference.schemes import apply
 from reference.synthetic import synthetic
+from reference.weights import Weights
 
 CONFIG = Config(n_layer=3, n_embd=32, n_ffn=64, n_vocab=50)
 WEIGHTS = synthetic(CONFIG, 1)
@@ -119,6 +126,50 @@ def test_half_a_block_is_silenced(half: str, before: str, after: str) -> None:
     entering = seen["blocks.0.ln0" if before == "ln0" else "blocks.0.att.residual"]
     left = seen[f"blocks.0.{after}.residual"]
     assert np.abs(left - entering).max() < 100 * SILENT * np.abs(entering).max()
+
+
+@pytest.mark.parametrize(
+    ("failing", "problem", "smallest"),
+    [
+        ({4, 5, 6}, "", 4),
+        ({1, 2, 4, 5, 6}, "", 1),
+        ({1, 5, 6}, "", 1),
+        ({2, 3, 5, 6}, "", 2),
+        ({6}, "", 6),
+        ({4, 5, 6}, "NaN", 4),
+        ({3, 5, 6}, "NaN", 3),
+    ],
+)
+def test_layers_are_counted_up_where_a_pass_lies_above_a_fail(
+    failing: set[int], problem: str, smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is tried twice; of NaN, what bisection finds is confirmed as before."""
+    weights = synthetic(Config(n_layer=6, n_embd=32, n_ffn=64, n_vocab=50), 1).in_memory()
+    tried: list[int] = []
+
+    def judged(n: int) -> Gate:
+        bad = f"{problem} at position 0" if problem and n in failing else None
+        return Gate((Check("decode", "rms", 2.0 if n in failing else 0.5, 1.0, "position 0", bad),), ())
+
+    def fake(case: Case, cut: Weights) -> Gate:
+        tried.append(cut.config.n_layer)
+        return judged(cut.config.n_layer)
+
+    def no_half(case: Case, cut: Weights, broken: bool) -> tuple[str, list[str]]:
+        return "", []
+
+    monkeypatch.setattr(truncation, "_judged", fake)
+    monkeypatch.setattr(truncation, "_half", no_half)
+    truth = derive(weights, "fp32", Arithmetic(), TOKENS)
+    case = Case(_unopened, weights, weights, "fp32", Arithmetic(), TOKENS, truth, lambda text: None)
+    cut = truncation.smallest(case, judged(6))
+    assert cut.layers == smallest
+    assert len(tried) == len(set(tried))
+    assert [one.layer for one in cut.seen] == sorted({*(n - 1 for n in tried), 5})
+
+
+def _unopened(weights: Weights) -> AbstractContextManager[Session]:
+    raise AssertionError("opened")
 
 
 def test_the_shortest_prompt() -> None:
