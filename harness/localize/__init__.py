@@ -85,7 +85,7 @@ def localize(
             return found
         finding = _prompted(case, held, judged, found.finding)
     finding = replace(finding, cause=found.cause) if found.cause else _explained(case, found, finding)
-    return _fixed(case, finding, found) if fix else finding
+    return _fixed(case, finding, found, judged) if fix else finding
 
 
 def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located | Finding:
@@ -201,11 +201,11 @@ def _explained(case: Case, found: Located, finding: Finding) -> Finding:
     return replace(finding, point=point, layer=layer, span=(), notes=(*finding.notes, note))
 
 
-def _fixed(case: Case, finding: Finding, found: Located) -> Finding:
+def _fixed(case: Case, finding: Finding, found: Located, judged: Gate) -> Finding:
     """With a fix, or with what was tried for one."""
     from harness.localize.fix import find_fix
 
     case.tell("a fix")
-    search = find_fix(finding, found.evidence, case.opener, case.tell)
+    search = find_fix(finding, found.evidence, case.opener, case.tell, judged.passed)
     notes = (*finding.notes, *(f"as a fix, {tried}" for tried in search.tries))
     return replace(finding, fix=search.fix, no_fix=search.none, notes=notes)

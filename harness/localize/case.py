@@ -9,6 +9,7 @@ import numpy as np
 
 from harness.localize.evidence import Evidence, Opener
 from harness.localize.finding import Finding
+from harness.localize.whatif import harmful
 from harness.tolerance import Truth
 from reference.numerics import Arithmetic, Emulated
 from reference.operations import run
@@ -59,7 +60,7 @@ def overflow(case: Case, span: Sequence[str]) -> str | None:
     first: list[str] = []
 
     def tap(name: str, x: np.ndarray) -> None:
-        if not first and not np.isfinite(x).all():
+        if not first and not np.isfinite(harmful(name, x)).all():
             first.append(name)
 
     run(case.stored, case.tokens, None, Emulated(case.arithmetic), tap)

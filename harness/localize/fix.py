@@ -6,36 +6,29 @@ In the order of what they cost:
     powers of two moved between the checkpoint's tensors                       any backend
     another scheme that the backend offers                                     nearest in bytes first
 
-The first that passes the gate on the real backend is the answer. One that only emulation has seen is told as such.
+The first that passes the gate on the real backend is the answer. Where the gate had passed before, what was wrong must
+be gone from a trace too. One that only emulation has seen is told as such.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from backends.api import Unavailable, Unsupported
-from harness.compare import logits_error
-from harness.hardware import available_bytes
-from harness.isolation.child import ChildDied, ChildTimedOut
-from harness.isolation.remote import RemoteError
+from backends.api import Unsupported
 from harness.localize.bench import Bench
-from harness.localize.cost import cost
 from harness.localize.evidence import Evidence, Opener
 from harness.localize.finding import CLEAN, NON_FINITE, Finding, Fix
 from harness.localize.held import from_backend, told
 from harness.localize.magnitudes import Peak, measure
 from harness.localize.rescaled import describe, rescaling
-from harness.localize.whatif import Outcome, emulate, excess, layer_ranges, mixed, patterns, smallest_set
-from harness.measure import MeasureError
-from harness.parity import Gate, gate
-from harness.tolerance import K, Truth, derive
+from harness.localize.tried import ENDS, Change, how_surely, try_change, why_not
+from harness.localize.whatif import emulate, excess, layer_ranges, mixed, patterns, smallest_set
 from reference.mixed import Mixed
 from reference.numerics import Arithmetic
 from reference.schemes import apply, stored_bytes
-from reference.weights import Weights
 
 Tell = Callable[[str], None]
 
@@ -44,27 +37,6 @@ RESCALES = (6, 4, 3, 2, 1)
 
 #: Real sessions that are opened and judged before the search ends.
 _MOST_TRIED = 5
-
-#: What may end a try, as may whatever else a backend raises; the next one is then tried.
-_ENDS = (Unavailable, Unsupported, ChildDied, ChildTimedOut, RemoteError, RuntimeError, ValueError, OSError)
-
-
-@dataclass(frozen=True)
-class Change:
-    """One change to try.
-
-    what        in words
-    arithmetic  what the changed backend computes in, which its bound follows from
-    change      for ``adjust``; ``scheme``: another one; ``weights``: another checkpoint; each if it is that
-    confirmed   what emulation said, where it was asked
-    """
-
-    what: str
-    arithmetic: Arithmetic | Mixed
-    change: Mapping[str, Any] = field(default_factory=dict)
-    scheme: str | None = None
-    weights: Weights | None = None
-    confirmed: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +53,18 @@ class Search:
     tries: tuple[str, ...] = ()
 
 
-def find_fix(finding: Finding, evidence: Evidence, opener: Opener | Bench, tell: Tell = lambda text: None) -> Search:
+def find_fix(
+    finding: Finding,
+    evidence: Evidence,
+    opener: Opener | Bench,
+    tell: Tell = lambda text: None,
+    passed: bool = False,
+) -> Search:
     """Try changes until one restores parity.
 
-    ``opener``: a :class:`Bench` can be opened with another scheme or arithmetic and is timed; any other only over
-    another checkpoint.
+    opener  a :class:`Bench` can be opened with another scheme or arithmetic and is timed; any other only over another
+            checkpoint
+    passed  whether the gate passes without any change, so that its passing proves nothing
     """
     if finding.verdict == CLEAN or evidence.stored.non_finite or evidence.original.non_finite:
         return Search()
@@ -98,17 +77,19 @@ def find_fix(finding: Finding, evidence: Evidence, opener: Opener | Bench, tell:
             if change.change and not (isinstance(opener, Bench) and opener.adjustable):
                 raise Unsupported("the backend's arithmetic cannot be changed from here")
             tell(f"trying {change.what}")
-            judged, spent, truth = _tried(change, evidence, opener, tell)
+            done = try_change(change, evidence, opener, tell, finding if passed else None)
         except Exception as error:
-            if not (isinstance(error, _ENDS) or from_backend(error)):
+            if not (isinstance(error, ENDS) or from_backend(error)):
                 raise
-            notes.append(f"{change.what}: {error if isinstance(error, _ENDS) else told(error)}")
+            notes.append(f"{change.what}: {error if isinstance(error, ENDS) else told(error)}")
             if seen is None and change.confirmed is not None and change.confirmed.finite:
                 seen = Fix(change.what, False)
             continue
-        if judged.passed:
-            return Search(Fix(change.what, True, spent, "; ".join([*notes, *_how_surely(truth)])))
-        notes.append(f"{change.what}: {judged.first_bad}")
+        if done.judged.passed and done.gone:
+            return Search(Fix(change.what, True, done.spent, "; ".join([*notes, *how_surely(done.truth)])))
+        notes.append(f"{change.what}: {why_not(done)}")
+        if done.gone is None and seen is None and change.confirmed is not None and change.confirmed.finite:
+            seen = Fix(change.what, False)
     if seen is not None:
         return Search(replace(seen, note="only emulated; " + "; ".join(notes)))
     return Search(None, f"none found; tried: {'; '.join(tried)}" if tried else _nothing_to_try(opener), tuple(notes))
@@ -214,65 +195,3 @@ def _other_schemes(evidence: Evidence, bench: Bench, peaks: Mapping[str, Peak]) 
     for scheme in sorted(fits, key=distance)[:2]:
         arithmetic = bench.schemes[scheme]
         yield Change(f"scheme {scheme} ({arithmetic})", arithmetic, scheme=scheme)
-
-
-def _tried(change: Change, evidence: Evidence, opener: Opener | Bench, tell: Tell) -> tuple[Gate, float | None, Truth]:
-    """The gate on the changed backend, if it passes decode speed over that without the change, and what judged it.
-
-    No speed where the backend cannot be timed here: no :class:`Bench`, no memory for both, or it breaks the timing.
-    """
-    truth = _truth(change, evidence)  # before the backend takes its memory
-    weights = change.weights or evidence.original
-    if not isinstance(opener, Bench):
-        with opener(weights) as session:
-            return gate(session, truth), None, truth
-    with opener.open(weights, change.scheme, change.change or None) as after:
-        if change.scheme and after.arithmetic != change.arithmetic:
-            truth = _truth(replace(change, arithmetic=after.arithmetic), evidence)
-        judged = gate(after.session, truth)
-        if not judged.passed or not _both_fit(change, evidence):
-            return judged, None, truth
-        tell("measuring what it costs")
-        try:
-            with opener.open(evidence.original) as before:
-                return judged, cost(before, after, [int(token) for token in evidence.tokens]), truth
-        except Exception as error:
-            if not (isinstance(error, (*_ENDS, MeasureError)) or from_backend(error)):
-                raise
-            return judged, None, truth  # the fix is verified all the same
-
-
-def _how_surely(truth: Truth) -> Iterator[str]:
-    """A note where the gate that the fix has passed lets much through."""
-    if truth.coarse:
-        bound = f"{K * truth.e_rms:.2f} of the logits' spread"
-        yield f"verified under a coarse bound, {bound}: only gross faults would have failed it"
-
-
-def _truth(change: Change, evidence: Evidence) -> Truth:
-    """What the changed backend is held against: the bound follows from what it then computes in."""
-    # derive() asks an arithmetic only for its type of activations and for the forward pass in it.
-    arithmetic = change.arithmetic
-    scheme = change.scheme or evidence.scheme
-    if change.weights is not None:
-        truth = derive(change.weights, scheme, arithmetic, evidence.tokens)
-        _check_same_function(truth, evidence, scheme)
-        return truth
-    if change.scheme is not None:
-        return derive(evidence.original, scheme, arithmetic, evidence.tokens)
-    return derive(evidence.stored, "fp32", arithmetic, evidence.tokens)  # stored by its scheme already
-
-
-def _check_same_function(truth: Truth, evidence: Evidence, scheme: str) -> None:
-    """Rescaled weights are the same function but for eps and subnormal weights; raises ValueError where these show."""
-    original = derive(evidence.original, scheme, evidence.arithmetic, evidence.tokens, evidence.original.key or None)
-    error = logits_error(truth.logits, original.logits).rms
-    if not error <= K * truth.e_rms:
-        raise ValueError(f"the rescaled checkpoint is another function: logits off by {error:.1e} of their spread")
-
-
-def _both_fit(change: Change, evidence: Evidence) -> bool:
-    """Whether memory takes the model twice; what is kept in fp32 is as large as fp32 at most."""
-    config = evidence.original.config
-    kept = "fp32" if change.change else change.scheme or evidence.scheme
-    return stored_bytes(config, evidence.scheme) + stored_bytes(config, kept) < available_bytes()

@@ -18,6 +18,7 @@ from harness.localize.hypotheses_products import GATES, PRODUCTS
 from harness.localize.limits import FP16, LIMITS, kind_of, kind_within
 from harness.localize.match import Place, matches, place
 from harness.localize.nonfinite_wkv import Candidate, beyond, over, sums
+from harness.localize.whatif import harmful
 from harness.localize.whole import Model
 from reference.numerics import Arithmetic
 from reference.operations import Step, steps
@@ -214,9 +215,10 @@ def _beyond(
         if step.name == "att.wkv":
             yield from _sums_beyond(results, step, arithmetic, weights)
         kind = kind_of(arithmetic, step.name)
-        top, limit = float(np.abs(results[step.name]).max()), LIMITS[kind]
+        sizes = np.abs(harmful(step.point, results[step.name]))
+        top, limit = float(sizes.max()), LIMITS[kind]
         if top > limit:
-            token, channel = np.argwhere(np.abs(results[step.name]) > limit)[0]
+            token, channel = np.argwhere(sizes > limit)[0]
             times = f"{top / limit:.2f} times the largest {kind} ({limit:.5g})"
             where = f"first at token {token}, channel {channel}"
             yield f"{step.point} overflows: truth has {top:.4g} there, {times}, {where}"

@@ -2,7 +2,8 @@
 
 Each result is compared twice. Globally, with truth: the bound is what the declared arithmetic must be off by there.
 Locally, with what the operation should have made of the backend's own inputs: the bound is what this one operation
-must be off by, so errors made earlier neither hide a wrong operation nor accuse a right one.
+must be off by, so errors made earlier neither hide a wrong operation nor accuse a right one. A -Inf that ReLU makes 0,
+as it must, is taken for the number that it stands for.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import numpy as np
 
 from backends.api import State, StateAccess, Traceable
 from harness.compare import at_exponent, first_non_finite
+from harness.localize.before_relu import restored
 from harness.localize.finding import Seen
 from harness.localize.lockstep import Own, Results, Stream, hidden, layers
 from harness.localize.off import allowed, finite, first_place, largest, off, rounding, size
+from harness.localize.whatif import harmful
 from harness.tolerance import FLOOR
 from reference.forward import AA, ATT_X, BB, FFN_X, PP, STATE_ROWS, Tokens, check_tokens
-from reference.numerics import UNIT_ROUNDOFF, Arithmetic, Emulated, Exact
+from reference.mixed import Mixed, emulated
+from reference.numerics import UNIT_ROUNDOFF, Arithmetic, Exact
 from reference.operations import Step
 from reference.weights import Weights
 
@@ -84,7 +88,7 @@ class Past(NamedTuple):
 def trace(
     session: Traceable,
     weights: Weights,
-    arithmetic: Arithmetic,
+    arithmetic: Arithmetic | Mixed,
     tokens: Tokens,
     state: State | None = None,
     past: Past | None = None,
@@ -118,12 +122,12 @@ class _Made(NamedTuple):
 class _Watch:
     """The tap of one traced run."""
 
-    def __init__(self, weights: Weights, arithmetic: Arithmetic, tokens: np.ndarray, past: Past | None) -> None:
+    def __init__(self, weights: Weights, arithmetic: Arithmetic | Mixed, tokens: np.ndarray, past: Past | None) -> None:
         self.found = Traced()
         self._weights, self._arithmetic, self._tokens = weights, arithmetic, tokens
         truth, drawn = (None, [None] * DRAWS) if past is None else (past.truth, past.drawn)
         self._truth = Stream(weights, tokens, Exact(np.float64), truth)
-        self._draws = [Stream(weights, tokens, Emulated(arithmetic, i), state) for i, state in enumerate(drawn)]
+        self._draws = [Stream(weights, tokens, emulated(arithmetic, i), state) for i, state in enumerate(drawn)]
         own = None if past is None else past.own
         self._own_past = [own if own is not None else state for state in (truth, *drawn)]
         self._after: list[list[np.ndarray]] = [[] for _ in range(1 + DRAWS)]
@@ -160,6 +164,11 @@ class _Watch:
         right = {name: x for name, x in self._shown.items() if x.shape == truth[name].shape}
         shown = {**self._before, **right}
         exact, *runs = (self._own(shown, group, i) for i in range(1 + DRAWS))
+        for step in group:
+            if step.name == "ffn.k" and step.point in right:
+                own, follows = right[step.point], exact.made(step)
+                filled = restored(step.point, own, follows, self._of(step.point), truth[step.point])
+                self._shown[step.point] = right[step.point] = shown[step.point] = filled
         made = _Made(group, shown, truth, drawn, exact, runs)
         for step in group:
             if step.point in self._shown:
@@ -170,7 +179,7 @@ class _Watch:
         self._hand_on(made, right)
 
     def _own(self, shown: Results, group: Sequence[Step], i: int) -> Own:
-        op = Emulated(self._arithmetic, i - 1) if i else Exact(np.float64)
+        op = emulated(self._arithmetic, i - 1) if i else Exact(np.float64)
         return Own(shown, group, self._weights, self._tokens, self._own_past[i], op)
 
     def _hand_on(self, made: _Made, right: Results) -> None:
@@ -196,19 +205,26 @@ class _Watch:
         """Of finite values of the right shape: both comparisons."""
         got, expected = self._shown[step.point], made.truth[step.point]
         floor = FLOOR * UNIT_ROUNDOFF[self._arithmetic.activations]
-        bound = allowed([off(draw[step.point], expected) for draw in made.drawn], size(expected), floor)
+        draws = [self._restored(step, draw[step.point], expected) for draw in made.drawn]
+        bound = allowed([off(draw, expected) for draw in draws], size(expected), floor)
         error = off(got, expected).worst(bound, alone=False)
         seen = replace(seen, got=largest(got), error=error[0], bound=error[1])
         token, channel = first_place(got, expected, bound)
         if finite(made.exact.read(name) for name in step.inputs):
             follows = made.exact.made(step)
-            drawn = [off(run.made(step), follows) for run in made.runs]
-            bound = allowed(drawn, size(follows), rounding(self._arithmetic, step.point))
+            drawn = [off(self._restored(step, run.made(step), follows), follows) for run in made.runs]
+            bound = allowed(drawn, size(follows), rounding(self._of(step.point), step.point))
             local = off(got, follows).worst(bound, alone=True)
             seen = replace(seen, local=local[0], local_bound=local[1])
             if seen.locally_bad:
                 token, channel = first_place(got, follows, bound)
         return replace(seen, token=token, channel=channel)
+
+    def _restored(self, step: Step, drawn: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return restored(step.point, drawn, right, self._of(step.point), right)
+
+    def _of(self, point: str) -> Arithmetic:
+        return self._arithmetic.of(point) if isinstance(self._arithmetic, Mixed) else self._arithmetic
 
     def _compare_state(self, got: np.ndarray) -> None:
         """The state that a call leaves follows from what it has shown."""
@@ -222,7 +238,9 @@ class _Watch:
             if not finite([expected]):
                 return
             point = f"blocks.{layer}.state.{STATE_ROWS[row]}"
-            bound = allowed([off(x, expected) for x in others], size(expected), rounding(self._arithmetic, "wkv"))
+            bound = allowed(
+                [off(x, expected) for x in others], size(expected), rounding(self._of(f"blocks.{layer}.att.wkv"), "wkv")
+            )
             seen = Seen(point, layer, float(np.abs(expected).max()), largest(mine), None, None)
             bad = first_non_finite(got[layer, row])
             if bad:
@@ -263,7 +281,7 @@ class _Watch:
 def _overflow(steps: Sequence[Step], made: _Made) -> tuple[Step, int, int] | None:
     for step in steps:
         if step.point in {other.point for other in made.group}:
-            bad = first_non_finite(made.runs[0].made(step))
+            bad = first_non_finite(harmful(step.point, made.runs[0].made(step)))
             if bad:
                 return step, bad[1][0], bad[1][1]
     return None

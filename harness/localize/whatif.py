@@ -138,10 +138,17 @@ def emulated_here(format: str) -> bool:
     return format in ROUND
 
 
+def harmful(name: str, x: np.ndarray) -> np.ndarray:
+    """Of a trace point's values, those that can do harm if they overflow.
+
+    Inf under the ReLU or in front of a sigmoid is no fault, and neither is shown but the former.
+    """
+    return np.maximum(x, 0) if name.endswith(".ffn.k") else x
+
+
 def _first_bad(found: list[tuple[str, int]], start: int) -> Callable[[str, np.ndarray], None]:
     def look(name: str, x: np.ndarray) -> None:
-        # Inf under the ReLU or in front of a sigmoid is no fault, and neither shows here but the former.
-        shown = np.maximum(x, 0) if name.endswith(".ffn.k") else x
+        shown = harmful(name, x)
         if not found and not np.isfinite(shown).all():
             found.append((name, start + int(np.flatnonzero(~np.isfinite(shown).all(axis=-1))[0])))
 

@@ -192,6 +192,50 @@ def test_what_was_tried_in_vain_is_told() -> None:
     assert "\nfix      none found; tried: " in as_text(told, about)
 
 
+class ShowsNan(LogitsOnly):
+    """Parity holds: a NaN that only the trace has, in checkpoints of ``wrong`` and whenever ``always``."""
+
+    def __init__(self, weights: Weights, always: bool) -> None:
+        super().__init__(weights)
+        self._wrong = always or weights is WEIGHTS
+
+    def trace(self, tokens: Any, state: Any, tap: Any) -> tuple[np.ndarray, Any]:
+        def spoil(name: str, x: np.ndarray) -> None:
+            tap(name, x * np.float32(np.nan) if self._wrong and name == "blocks.1.ffn.k2" else x)
+
+        return forward(self._weights, tokens, state, arithmetic=FP16, tap=spoil)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_what_the_gate_never_saw_is_verified_by_a_trace(always: bool) -> None:
+    @contextmanager
+    def shows(weights: Weights) -> Iterator[Session]:
+        yield ShowsNan(weights, always)
+
+    search = find_fix(finding("blocks.1.ffn.k2"), evidence(WEIGHTS), shows, passed=True)
+    assert (search.fix is None) == always
+    assert search.fix is None or search.fix.verified
+    assert [tried.endswith("the trace is still wrong") for tried in search.tries] == [True] * always
+
+
+def test_what_neither_gate_nor_trace_can_tell_is_not_verified() -> None:
+    fix = find_fix(finding("blocks.1.ffn.k2"), evidence(WEIGHTS), opener, passed=True).fix
+    assert fix is not None
+    assert not fix.verified
+    assert "no trace tells whether it helped" in fix.note
+
+
+def test_an_operation_in_fp32_is_traced_as_such() -> None:
+    """The gate is told to have passed before: what verifies the fix is a trace of mixed arithmetic."""
+    planted, point = plant(WEIGHTS, TOKENS, "ffn.k2", 1)
+    half = Arithmetic("fp16", "fp16", "fp16", "fp16")
+    bench = Bench(EMULATED, "fp16", threads=1, isolate=False)
+    fix = find_fix(finding(point), evidence(planted, arithmetic=half), bench, passed=True).fix
+    assert fix is not None
+    assert fix.verified, fix
+    assert fix.what == "ffn.k2 of layer 1 in fp32"
+
+
 @pytest.mark.parametrize("error", [KeyError, TypeError, MemoryError])
 def test_whatever_a_try_ends_with_the_next_one_is_tried(error: type[Exception]) -> None:
     class Dies(Bench):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,58 @@ def test_an_overflow_is_followed_back(method: str) -> None:
     assert (finding.verdict, finding.method) == (NON_FINITE, method)
     assert (finding.layer, finding.point) == (1, "blocks.1.ffn.k2")
     assert len(finding.prompt) == 1
+
+
+def _negative(name: str, tensor: Tensor) -> Tensor:
+    """Keys of one channel of layer 1 are far below -65504."""
+    x = np.array(tensor.array())
+    if name == "blocks.1.ln2.bias":
+        x[3] = 16
+    elif name == "blocks.1.ffn.key.weight":
+        x[:, 3], x[5] = 0, 0
+        x[5, 3] = -8000
+    elif name == "blocks.1.ffn.receptance.weight":
+        x[:, 3] = 0
+    else:
+        return tensor
+    return Tensor.of(x)
+
+
+NEGATIVE = WEIGHTS.map(_negative)
+
+
+def test_a_negative_key_beyond_the_format_is_no_fault() -> None:
+    """It is -Inf in fp16, of which ReLU makes the right 0; parity passes, and so does this."""
+    finding = found(lambda weights: Traced(weights, {}, FP16), FP16, NEGATIVE)
+    assert finding.verdict == CLEAN, finding
+    assert not any(seen.bad for seen in finding.history)
+
+
+@pytest.mark.parametrize("point", ["blocks.1.ffn.k", "blocks.1.ffn.k2"])
+def test_beside_a_negative_key_beyond_the_format_faults_are_seen(point: str) -> None:
+    faults = {"blocks.1.ffn.k": scaled("ffn.xk", "ffn.key.weight"), "blocks.1.ffn.k2": no_square}
+    finding = found(lambda weights: Traced(weights, {point: faults[point]}, FP16), FP16, NEGATIVE)
+    assert (finding.verdict, finding.point) == (DIVERGED, point)
+    hidden = found(lambda weights: Sparse(weights, {point: faults[point]}, FP16), FP16, NEGATIVE)
+    assert (hidden.verdict, hidden.point) == (DIVERGED, "blocks.1.ffn.residual")
+    assert point in hidden.span
+
+
+def test_minus_infinity_where_the_right_key_fits_is_a_fault() -> None:
+    def broken(h: Here) -> np.ndarray:
+        k = h.op.linear(h.read("ffn.xk"), h.weights[h.at + "ffn.key.weight"])
+        return np.where(k < 0, -np.inf, k)
+
+    finding = found(lambda weights: Traced(weights, {"blocks.1.ffn.k": broken}, FP16), FP16, NEGATIVE)
+    assert (finding.verdict, finding.point) == (NON_FINITE, "blocks.1.ffn.k")
+
+
+def test_an_overflow_after_a_negative_key_beyond_the_format_is_not_laid_to_the_key() -> None:
+    """The backend shows neither; of what is not shown, ffn.k2 is the first that does harm."""
+    loud = NEGATIVE.map(lambda n, t: Tensor.of(t.array() * np.float32(600)) if n == "blocks.1.ffn.key.weight" else t)
+    for made in (Sparse, Faulty):
+        finding = found(partial(made, faults={}, arithmetic=FP16), FP16, loud)
+        assert (finding.verdict, finding.point) == (NON_FINITE, "blocks.1.ffn.k2")
 
 
 class Sparse(Traced):
