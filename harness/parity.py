@@ -154,14 +154,14 @@ def _chunks(session: Session, truth: Truth) -> list[Check]:
     checks = []
     for lengths in CALLS:
         found, state = [], None
-        for start, end in pairwise(_cuts(lengths, len(truth.tokens))):
+        for start, end in pairwise(cuts(lengths, len(truth.tokens))):
             logits, state = call(session, truth.tokens[start:end], state)
             found.append(logits_check("chunks", logits, truth, slice(end - 1, end)))
         checks.append(worst(found))
     return checks
 
 
-def _cuts(lengths: Sequence[int], n: int) -> list[int]:
+def cuts(lengths: Sequence[int], n: int) -> list[int]:
     """Where the calls of a prompt of ``n`` tokens begin and end; what is left over is the last call."""
     return sorted({n, *(end for end in accumulate(lengths, initial=0) if end < n)})
 

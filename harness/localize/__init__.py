@@ -187,8 +187,11 @@ def _explained(case: Case, found: Located, finding: Finding) -> Finding:
     from harness.localize.cause import explain
 
     case.tell("the cause")
+    evidence = found.evidence
+    if evidence.got is not None:  # of a call of the first tokens only
+        evidence = replace(evidence, tokens=evidence.tokens[: len(evidence.got)])
     try:
-        cause = explain(found.evidence)
+        cause = explain(evidence)
     except (ArithmeticError, LookupError, ValueError) as error:  # the place is worth more than why
         return replace(finding, cause=f"not found: {type(error).__name__}: {error}")
     finding = replace(finding, cause=str(cause))

@@ -1,4 +1,8 @@
-"""The call that fails, where a whole prompt in one call is right: which one, and how to come to it."""
+"""The call that fails, where a whole prompt in one call is right: which one, and how to come to it.
+
+Two of the gate's checks have none to trace: ``state after prefill``, which is of the whole prompt in one call, and
+``greedy``, whose loop a backend does not show.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from backends.api import Session, State, StateAccess
-from harness.checks import call
-from harness.parity import Gate
+from harness.checks import call, logits_check
+from harness.parity import CALLS, Gate, cuts
 from harness.tolerance import K, Truth
 
 
@@ -35,17 +39,25 @@ class Call(NamedTuple):
         if self.twice:
             return f"token {self.begin} from a state that had been used before"
         if not self.before:
-            return f"the first {self.end} tokens in one call"
+            return f"the first {self.end} tokens in one call" if self.end > 1 else "the first token alone"
         what = f"token {self.begin}" if self.end == self.begin + 1 else f"tokens {self.begin}..{self.end - 1}"
-        how = "one token at a time" if self.before[-1] == (self.begin - 1, self.begin) else "in one call"
+        lengths = [b - a for a, b in self.before]
+        how = "one token at a time" if set(lengths) == {1} else "in one call"
+        if len(set(lengths)) > 1:
+            how = f"in calls of {', '.join(str(length) for length in lengths)} tokens"
         return f"{what} in a call after the others {how}"
 
 
 def failing(session: Session, truth: Truth, judged: Gate) -> list[Call]:
-    """The calls in which a session fails otherwise than with the whole prompt, by the gate's failing checks."""
+    """The calls in which a session fails otherwise than with the whole prompt, by the gate's failing checks.
+
+    Those from the initial state first: only of these can a cause be computed.
+    """
     found = []
     n = len(truth.tokens)
+    rows = iter(CALLS)
     for check in (*judged.logits, *judged.state):
+        row = next(rows) if check.name == "chunks" else ()
         if check.passed:
             continue
         if check.name in ("decode", "state after decode"):
@@ -54,16 +66,28 @@ def failing(session: Session, truth: Truth, judged: Gate) -> list[Call]:
         elif check.name == "step":
             found.append(Call(check.name, n - 1, n, ((0, n - 1),)))
         elif check.name == "chunks":
-            one, third = min(1, n - 1), 1 + n // 3
-            cuts = sorted({0, one, third, n})
-            pairs = tuple(pairwise(cuts))
-            found += [Call(check.name, a, b, pairs[:i]) for i, (a, b) in enumerate(pairs) if i]
+            found += _of_chunks(session, truth, row)
+        elif check.name == "scoring" and n > 1:
+            found += [Call(check.name, 0, n // 2, ()), Call(check.name, n // 2, n, ((0, n // 2),))]
         elif check.name.startswith("replay of position "):
             position = int(check.name.rpartition(" ")[2])
             found.append(Call(check.name, position, position + 1, _singly(position), twice=True))
         elif check.name == "handover":
             found.append(Call(check.name, n // 2, n, (), imported=True))
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda one: one.begin > 0)
+
+
+def _of_chunks(session: Session, truth: Truth, lengths: Sequence[int]) -> list[Call]:
+    """Of the calls of these lengths, the first whose logits are wrong, then the one that has left its state."""
+    pairs = tuple(pairwise(cuts(lengths, len(truth.tokens))))
+    state: State | None = None
+    at = len(pairs) - 1
+    for i, (begin, end) in enumerate(pairs):
+        logits, state = call(session, truth.tokens[begin:end], state)
+        if not logits_check("chunks", logits, truth, slice(end - 1, end)).passed:
+            at = i
+            break
+    return [Call("chunks", *pairs[i], pairs[:i]) for i in (at, at - 1) if i >= 0]
 
 
 def _singly(end: int) -> tuple[tuple[int, int], ...]:

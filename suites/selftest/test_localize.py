@@ -280,6 +280,52 @@ def test_what_only_a_second_call_gets_wrong() -> None:
     assert any("one call is right" in note for note in finding.notes)
 
 
+class Lengths(Traced):
+    """Wrong in calls of some lengths."""
+
+    wrong: frozenset[int] = frozenset(range(9, 16))
+
+    def _run(self, tokens: Sequence[int], state: Any, tap: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        faults, self.faults = self.faults, self.faults if len(tokens) in self.wrong else {}
+        try:
+            return super()._run(tokens, state, tap)
+        finally:
+            self.faults = faults
+
+
+class Length12(Lengths):
+    """Only where the row of calls that has it ends, on the state that the others have left."""
+
+    wrong = frozenset([12])
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [(Lengths, "the first 9 tokens in one call"), (Length12, "in calls of 1, 2, 3, 4, 5, 6, 7, 8 tokens")],
+)
+def test_what_only_calls_of_some_lengths_get_wrong(made: type[Lengths], words: str) -> None:
+    tokens = [int(i) for i in np.random.default_rng(0).integers(0, 96, 48)]
+    finding = found(lambda weights: made(weights, FAULTS["blocks.0.ffn.v"]), tokens=tokens)
+    assert (finding.verdict, finding.method, finding.point) == (DIVERGED, TRACE, "blocks.0.ffn.v")
+    assert any(words in note for note in finding.notes)
+    if made is Lengths:
+        assert "1.03" in finding.cause
+
+
+class ScoresBadly(Lengths):
+    """Logits of many positions in calls of 20 tokens, as no row of the gate's has them."""
+
+    wrong = frozenset([20])
+
+    def logits(self, tokens: Sequence[int], state: Any) -> np.ndarray:
+        return np.asarray(self._run(tokens, state)[0].astype(np.float32))
+
+
+def test_what_only_scoring_gets_wrong() -> None:
+    finding = found(lambda weights: ScoresBadly(weights, FAULTS["blocks.0.ffn.v"]))
+    assert (finding.method, finding.point) == (TRACE, "blocks.0.ffn.v")
+
+
 class LosesExponent(Traced):
     """Hands on a state without its exponent, wrong only for the next call."""
 
