@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from harness.status import FAILED, PASSED
+from harness.status import CRASHED, FAILED, PASSED
 from reference.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +104,14 @@ def run(arguments: argparse.Namespace, say: Say, kind: str) -> Report:
     title = f"{cell.backend} {cell.scheme}, {model.name}: {finding.verdict}"
     drawn = grid(finding.history)
     said = (f"no picture: {finding.method} shows no operations",) if arguments.heat_map and drawn is None else ()
-    return Report(document, PASSED if finding.verdict == "clean" else FAILED, title, drawn, said)
+    return Report(document, _code(finding), title, drawn, said)
+
+
+def _code(finding: Finding) -> int:
+    """A finding is one even where the backend broke on the way to it; one that broke is not clean."""
+    if finding.verdict != "clean":
+        return FAILED
+    return CRASHED if finding.broke else PASSED
 
 
 def _localized(cell: Cell, model: Model, tokens: list[int], arguments: argparse.Namespace, say: Say) -> Finding:
@@ -210,6 +217,9 @@ def _tokens(model: Model, arguments: argparse.Namespace) -> list[int]:
         words = [word.strip() for word in arguments.tokens.split(",") if word.strip()]
         if not all(word.isascii() and word.isdigit() for word in words):
             raise InputError(f"--tokens {arguments.tokens[:40]!r}: token ids such as 510,46,17 are needed")
+        beyond = next((word for word in words if len(word.lstrip("0")) > 18), None)  # no integer of 64 bits
+        if beyond is not None:
+            raise InputError(f"--tokens: {beyond[:40]} is outside the vocabulary of {model.config.n_vocab}")
         ids = [int(word) for word in words]
     elif arguments.prompt is not None:
         data = sys.stdin.buffer.read() if arguments.prompt == "-" else arguments.prompt.encode()

@@ -39,6 +39,10 @@ METHODS: dict[str, Callable[[Case, Held, Gate], places.Looked]] = {
 }
 
 
+#: Positions that a bound is taken over; a mean over fewer is one draw of the arithmetic's error.
+ENOUGH = 32
+
+
 def localize(
     opener: Opener,
     weights: Weights,
@@ -55,7 +59,7 @@ def localize(
 
     opener     opens the backend over the weights it is given; over ``weights`` first
     scheme, arithmetic  as the backend declares them; a session that declares another arithmetic is judged by its own
-    tokens     the prompt, from the initial state; bounds need at least 32 tokens
+    tokens     the prompt, from the initial state; bounds need at least ``ENOUGH`` tokens; of fewer a note is made
     method     ``trace``, ``state`` or ``truncation``; ``None``: the best that the backend allows
     fix        whether to look for one
     cache_key  content hash of ``weights``, under which truth is kept
@@ -90,7 +94,9 @@ def localize(
 
 def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located | Finding:
     """Where it is, by the first method that sees it; a finding of nothing where nothing is wrong."""
-    notes: list[str] = []
+    count = f"{len(case.ids)} token{'s' * (len(case.ids) > 1)}"
+    few = f"the prompt has {count}; bounds are meant for {ENOUGH} or more, with fewer the verdict is less sure"
+    notes = [few] if len(case.ids) < ENOUGH else []
     history: tuple[Seen, ...] = ()
     used, watched, broke = "", "", False
     for name in [method] if method else METHODS:

@@ -49,6 +49,7 @@ def as_json(finding: Finding, about: Mapping[str, Any]) -> str:
         "prompt_stopped": finding.prompt_stopped or None,
         "watched": finding.watched or None,
         "notes": list(finding.notes),
+        "broke": finding.broke,
         "fix": None if finding.fix is None else asdict(finding.fix),
         "no_fix": finding.no_fix or None,
         **about,

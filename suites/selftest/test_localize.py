@@ -560,6 +560,8 @@ def test_the_command(bench: Callable[..., Done], small: str) -> None:
         (("--backend", "numpy", "--tokens", ""), "the prompt is empty", 2),
         (("--backend", "numpy", "--tokens", "1,x"), "token ids such as", 2),
         (("--backend", "numpy", "--tokens", "99999"), "outside the vocabulary", 2),
+        (("--backend", "numpy", "--tokens", "9" * 20), "outside the vocabulary", 2),
+        (("--backend", "numpy", "--tokens", "1," + "9" * 5000), "outside the vocabulary", 2),
         (("--backend", "faulty", "--device", "clean", "--method", "trace"), "it shows no trace points", 3),
         (("--backend", "faulty", "--device", "exception"), "kernel launch failed", 4),
         (("--prompt", "x"), "--backend", 2),
@@ -616,6 +618,28 @@ def test_a_backend_that_dies_while_traced_loses_nothing(bench: Callable[..., Don
     found = json.loads(done.out)
     assert (found["verdict"], found["method"], found["layer"]) == ("diverged", "state", None)
     assert any("broke while watched: ChildDied: exited with status 7" in note for note in found["notes"])
+
+
+RIGHT = DIES.replace("logits * 1.5", "logits")
+
+
+def test_a_right_backend_that_dies_while_traced_is_not_clean_to_a_script(
+    bench: Callable[..., Done], small: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "right.py"
+    file.write_text(RIGHT)
+    done = bench("localize", "--model", small, "--backend", str(file), "--format", "json")
+    found = json.loads(done.out)
+    assert (done.code, found["verdict"], found["broke"]) == (4, "clean", True)
+    assert any("broke while watched: ChildDied" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(("n", "told"), [(5, True), (32, False)])
+def test_a_prompt_too_short_for_bounds_is_told(n: int, told: bool) -> None:
+    for faults in ({}, FAULTS["blocks.0.ffn.v"]):
+        finding = found(partial(Traced, faults=faults), tokens=TOKENS[:n])
+        assert (finding.verdict == CLEAN) == (not faults)
+        assert any(f"the prompt has {n} tokens; bounds are meant for 32" in note for note in finding.notes) == told
 
 
 DIES_LATER = """
