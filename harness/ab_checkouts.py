@@ -10,10 +10,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harness
+from harness.revision import of_checkout
 from reference.errors import InputError
 
 BASE, HEAD = "base", "head"
@@ -28,6 +29,7 @@ class Side:
     """One side: its folder, what it is called in reports, the interpreter, and where modules are looked for.
 
     harness   the folder whose ``harness`` measures: the checkout itself where it is of this project, else ours
+    commit    short, as rows name it (:mod:`harness.revision`)
     """
 
     name: str
@@ -36,6 +38,7 @@ class Side:
     python: str
     paths: tuple[str, ...]
     harness: str
+    commit: str | None = None
 
 
 @contextmanager
@@ -58,10 +61,8 @@ def checkouts(repository: Path, base: str, head: str | None, pythons: tuple[str,
                      str(roots[name]), commits[name])  # fmt: skip
                 commits[name] = f"{revision} ({commits[name][:10]})"
             said = commits.get(HEAD, "working tree")
-            yield (
-                _side(BASE, roots[BASE], commits[BASE], pythons[0]),
-                _side(HEAD, roots[HEAD], said, pythons[1]),
-            )
+            both = _side(BASE, roots[BASE], commits[BASE], pythons[0]), _side(HEAD, roots[HEAD], said, pythons[1])
+            yield replace(both[0], commit=of_checkout(roots[BASE])), replace(both[1], commit=of_checkout(roots[HEAD]))
         finally:
             for root in added:
                 _quietly(top, "worktree", "remove", "--force", str(root))

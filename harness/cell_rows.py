@@ -20,6 +20,7 @@ from harness.non_finite import checkpoint_holds
 from harness.parity import Gate
 from harness.plan import Cell, Refused, Request
 from harness.resume import session
+from harness.revision import revision
 from harness.roofline import weight_bytes
 from harness.rows import Row
 from harness.samples import BUDGET_SECONDS, UNLIMITED
@@ -72,6 +73,7 @@ def base_row(cell: Cell, model: Model, job: Job) -> Row:
         command=reproduce(cell, job),
         reason="not run",
         session=None if job.sampling is None else session(cell, model.sha256, job.request, job.sampling),
+        extra={"revision": commit} if (commit := revision()) else {},
     )
 
 

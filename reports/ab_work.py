@@ -191,7 +191,8 @@ class Work:
         """All blocks of one side; of a wrong one, its verdict in their place."""
         cell, side = self.cells[i], self.sides[number]
         about = {"side": side.name, "revision": side.revision, "head_first": cell.head_first}
-        row, error = replace(self.row(cell.cell, metric), isolated=True), cell.failed.get(side.name)
+        row = replace(self.row(cell.cell, metric), isolated=True, extra={"revision": side.commit})
+        error = cell.failed.get(side.name)
         if isinstance(error, BlockWrong):
             return replace(row, verdict=error.verdict, reason=f"no speed: {error}", extra={**row.extra, "ab": about})
         judged = self.parity[i]

@@ -92,11 +92,12 @@ def percentiles_text(row: Row) -> str:
 
 
 def revision(row: Row) -> str | None:
-    """The commit that was measured, short, where the row says so."""
+    """The commit that was measured, short, where the row says so; ``-dirty``: with changes."""
     for name in ("commit", "revision"):
         found = row.extra.get(name)
         if isinstance(found, str) and found:
-            return found[:12]
+            commit, dirty, _ = found.partition("-dirty")
+            return commit[:12] + dirty
     return None
 
 

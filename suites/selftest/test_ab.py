@@ -68,6 +68,9 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
+SIDES = {"base": "HEAD~1", "head": "HEAD"}
+
+
 def sides(root: Path, base: str = "HEAD~1", head: str | None = None) -> Any:
     import sys
 
@@ -256,6 +259,8 @@ def test_no_difference_is_answered_and_rows_are_kept(ab: Callable[..., Done], tm
     assert "pairs of blocks" in done.out
     rows = read(tmp_path / "rows.jsonl")
     assert {row.extra["ab"]["side"] for row in rows} == {"base", "head"}
+    commits = {row.extra["ab"]["side"]: row.extra["revision"] for row in rows}
+    assert commits == {side: git(Path(), "rev-parse", "--short=10", at).strip() for side, at in SIDES.items()}
     blocks = {len(series.times) for series in read_rows(rows[:2]).series.values()}
     assert len(blocks) == 1
     assert blocks.pop() >= 10

@@ -93,7 +93,7 @@ def test_json_is_one_document_that_the_store_repeats(quick: tuple[str, ...], ben
     assert found["schema"] == 1
     metrics = [row["metric"] for row in found["rows"]]
     assert metrics == ["parity", "state_parity", "load", "first_call", "prefill", "time_to_first_token", "decode"]
-    assert all(set(row) - {"roofline"} == set(FIELDS) and row["verdict"] == "PASS" for row in found["rows"])
+    assert all(set(row) - {"roofline", "revision"} == set(FIELDS) and row["verdict"] == "PASS" for row in found["rows"])
     parity = found["rows"][0]
     assert 0 <= parity["error"] <= parity["bound"]
     assert parity["first_bad"] is None
