@@ -102,8 +102,11 @@ def _place(case: Case, held: Held, judged: Gate, method: str | None) -> Located 
     for name in [method] if method else METHODS:
         try:
             looked = METHODS[name](case, held, judged)
-        except (Unavailable, Unsupported):
-            raise
+        except (Unavailable, Unsupported) as error:
+            if method:
+                raise
+            notes.append(f"{name}: {error}")
+            continue
         except Exception as error:
             if method or not from_backend(error):
                 raise
@@ -194,8 +197,8 @@ def _explained(case: Case, found: Located, finding: Finding) -> Finding:
 
     case.tell("the cause")
     evidence = found.evidence
-    if evidence.got is not None:  # of a call of the first tokens only
-        evidence = replace(evidence, tokens=evidence.tokens[: len(evidence.got)])
+    if evidence.expected is not None:  # perhaps of a call of the first tokens only
+        evidence = replace(evidence, tokens=evidence.tokens[: len(evidence.expected)])
     try:
         cause = explain(evidence)
     except (ArithmeticError, LookupError, ValueError) as error:  # the place is worth more than why

@@ -386,6 +386,18 @@ def test_a_backend_that_breaks_while_watched_is_looked_at_otherwise() -> None:
         found(lambda weights: BreaksWhenWatched(weights, {}), method=TRACE)
 
 
+def test_a_backend_that_refuses_to_be_traced_is_looked_at_otherwise() -> None:
+    class Refuses(Stateful):
+        def trace(self, tokens: Sequence[int], state: Any, tap: Any) -> tuple[np.ndarray, Any]:
+            raise Unsupported("not on this device")
+
+    finding = found(lambda weights: Refuses(weights, FAULTS["blocks.1.ffn.k2"]))
+    assert (finding.method, finding.layer, finding.broke) == (STATE, 1, False)
+    assert "trace: not on this device" in finding.notes
+    with pytest.raises(Unsupported, match="not on this device"):
+        found(lambda weights: Refuses(weights, {}), method=TRACE)
+
+
 class DiesLater(Traced):
     """Dies in a call of 20 tokens: no method makes one, the search for a short prompt does."""
 
