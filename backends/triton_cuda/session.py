@@ -144,6 +144,21 @@ class TritonSession:
                 logits, past = self._decoder(1).step(piece[0], past) if one else self._prompts.run(piece, past)
             return _to_numpy(logits[0]), past[0]
 
+    def forward_batch(self, tokens: Sequence[Sequence[int]], states: Tensor | None) -> tuple[np.ndarray, Tensor]:
+        """Sequences of equal length; ``states (B, L, 5, C)``. Their prompts run in pieces of :data:`PIECE` rows."""
+        model, batch = self._model, len(tokens)
+        with _on(model.device):
+            ids = torch.from_numpy(np.stack([check_tokens(row, model.config.n_vocab) for row in tokens]))
+            past = self._initial.expand(batch, -1, -1, -1).contiguous() if states is None else states
+            for piece in torch.split(ids.to(model.device), max(1, PIECE // batch), dim=1):
+                if piece.shape[1] == 1:
+                    logits, past = self._decoder(batch).step(piece[:, 0], past)
+                    continue
+                after = torch.empty_like(past)
+                x = model.hidden(piece, past, after)
+                logits, past = model.head(x[piece.shape[1] - 1 :: piece.shape[1]].contiguous()), after
+            return _to_numpy(logits), past
+
     def logits(self, tokens: Sequence[int], state: State | None) -> np.ndarray:
         with _on(self._model.device):
             ids, past = self._started(tokens, state)

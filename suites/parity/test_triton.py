@@ -135,6 +135,36 @@ def test_greedy_is_the_plain_loop_for_one_sequence_and_for_several() -> None:
         np.testing.assert_array_equal(session.export_state(states[i]), before[i])
 
 
+@pytest.mark.parametrize("scheme", ["fp32", "q4f16_1"])
+def test_a_batch_is_its_sequences_one_by_one(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, in one piece and in several of which the last is one token, then a step; past states are left alone."""
+    from backends.triton_cuda import session as module
+
+    session, unit = load(scheme), truth(scheme).unit
+    prompts = [list(TOKENS[first : first + 5]) for first in (0, 7, 11)]
+    alone = [session.forward(prompt, None) for prompt in prompts]
+    steps = [session.forward([prompt[0]], state)[0] for prompt, (_, state) in zip(prompts, alone, strict=True)]
+
+    def same(got: np.ndarray, want: np.ndarray) -> bool:
+        """But for float32 sums; packed, products of several rows round otherwise."""
+        error = logits_error(got[None], want[None].astype(np.float64), unit)
+        ratios = truth(scheme).logits_ratios(error).values()
+        return error.rms < 1e-5 if scheme == "fp32" else all(off <= bound for off, bound in ratios)
+
+    for piece in (2048, 6):
+        monkeypatch.setattr(module, "PIECE", piece)
+        logits, states = session.forward_batch(prompts, None)
+        assert logits.shape == (3, weights().config.n_vocab)
+        before = session.export_state(states)
+        again, _ = session.forward_batch([prompt[:1] for prompt in prompts], states)
+        np.testing.assert_array_equal(session.export_state(states), before)
+        for i, (one, state) in enumerate(alone):
+            assert same(logits[i], one)
+            assert same(again[i], steps[i])
+            if scheme == "fp32":
+                assert state_error(before[i], session.export_state(state).astype(np.float64)).worst < 1e-5
+
+
 def test_a_length_that_comes_again_runs_on_buffers_of_its_own_and_is_the_same() -> None:
     """The second prompt of a length is captured, the third replayed; of more than are kept one unused longest goes."""
     session = load("fp32")
