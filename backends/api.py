@@ -30,6 +30,8 @@ More names a module may have, all optional:
     version() -> str       version of the runtime that does the work
     resident_bytes(config, scheme) -> int
                            bytes of weights it keeps while it computes, where that is not their stored size
+    device_bytes(config, scheme) -> int
+                           all that it needs on a graphics device, where it predicts that itself
     adjust(checkpoint, scheme, device, threads, change) -> Session
                            load() with a change of arithmetic, for fixes that are tried; raises Unsupported for one
                            that it cannot make, never leaves it out. ``change`` is plain JSON:

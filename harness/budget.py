@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import ModuleType
 
 import numpy as np
@@ -47,7 +48,11 @@ def shortage(needed: int, device: str, free: int | None = None) -> str | None:
 
 
 def device_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int) -> int:
-    """Estimate for one cell on its device: the weights as the backend keeps them, activations, a context."""
+    """Estimate for one cell on its device: the backend's own, else weights as it keeps them, activations, a context."""
+    declared = getattr(backend, "device_bytes", None)
+    if declared is not None:
+        with suppress(ConfigError):  # groups that do not divide a row: the backend will say so
+            return int(declared(config, scheme))
     activations = 4 * prompt_tokens * (3 * config.n_ffn + 8 * config.n_embd)
     return _weight_bytes(config, scheme, backend) + activations + _CONTEXT_BYTES
 

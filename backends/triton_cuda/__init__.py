@@ -29,6 +29,7 @@ from typing import Any
 
 from backends.api import BackendInfo, Session, Unsupported
 from backends.triton_cuda import machine
+from reference.config import Config
 from reference.numerics import Arithmetic
 from reference.weights import Weights
 
@@ -61,6 +62,11 @@ def check() -> None:
 def version() -> str:
     """Version of Triton."""
     return machine.installed("triton")
+
+
+def device_bytes(config: Config, scheme: str) -> int:
+    """Predicted bytes on the card; what is free is held against it before anything is loaded."""
+    return machine.needed_bytes(config, scheme, machine.PIECE)
 
 
 def load(checkpoint: Weights, scheme: str, device: str, threads: int | None) -> Session:

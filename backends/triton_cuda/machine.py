@@ -28,6 +28,9 @@ _INTERPRETER = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to check
 _CONTEXT_BYTES = 700 << 20
 _GIB = 1 << 30
 
+#: Tokens of a prompt that run at once; longer ones in pieces, the state handed on.
+PIECE = 2048
+
 #: Lengths of prompts whose graphs are kept, with what they need.
 KEPT_PROMPTS = 2
 
@@ -134,7 +137,7 @@ def needed_bytes(config: Config, scheme: str, piece: int) -> int:
 
 
 def check_memory(config: Config, scheme: str, piece: int, free: int, total: int, schemes: tuple[str, ...]) -> None:
-    """Raise Unsupported, naming what would fit, where the prediction is more than is free."""
+    """Raise Unavailable, naming what would fit, where the prediction is more than is free."""
     needed = needed_bytes(config, scheme, piece)
     if needed <= free:
         return
@@ -146,6 +149,6 @@ def check_memory(config: Config, scheme: str, piece: int, free: int, total: int,
         except ConfigError:  # groups that do not divide a row of this model
             continue
     would = f"{', '.join(fitting)} would fit" if fitting else "no scheme of this model would fit"
-    raise Unsupported(
-        f"{scheme} needs {needed / _GIB:.1f} GiB on the card, {free / _GIB:.1f} of {total / _GIB:.1f} are free; {would}"
+    raise Unavailable(
+        f"{scheme} needs {needed / _GIB:.1f} GiB on the card, {free / _GIB:.1f} of {total / _GIB:.1f} are free", would
     )

@@ -17,7 +17,7 @@ from backends.triton_cuda.kernels_gemm import add_gated, fit, square
 from backends.triton_cuda.kernels_gemv import choose, gemv_channel_mix, gemv_time_mix, top_of_block
 from backends.triton_cuda.kernels_norm import embed_norm, norm, norm_mix
 from backends.triton_cuda.kernels_wkv import wkv_output, wkv_totals
-from backends.triton_cuda.matrix import product, vector_product
+from backends.triton_cuda.matrix import FUSED_ROWS, product, vector_product
 from backends.triton_cuda.stored import Layer, Step, Stored
 from backends.triton_cuda.tiles import (
     SQUARE_BLOCK,
@@ -124,8 +124,11 @@ class Model:
         return last.to(self.types.inputs)
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits ``(rows, V)``, float32."""
-        return product(self._stored.head, x, torch.float32)
+        """Logits ``(rows, V)``, float32. A packed head is never dequantized as a whole: it is the largest matrix."""
+        head = self._stored.head
+        if not head.bits or len(x) <= FUSED_ROWS:
+            return product(head, x, torch.float32)
+        return torch.cat([product(head, some, torch.float32) for some in torch.split(x, FUSED_ROWS)])
 
     def _shown(self, tap: Tap | None) -> torch.dtype:
         """Type of what a product takes; traced, it is shown as it was made, and rounded for the product only then."""

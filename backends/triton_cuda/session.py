@@ -12,16 +12,13 @@ from torch import Tensor
 from backends.api import State, Tap
 from backends.shared.torch_devices import give_back, loading
 from backends.triton_cuda.graph import Work, captured
-from backends.triton_cuda.machine import KEPT_PROMPTS, SCORED_ROWS, check_memory, open_device
+from backends.triton_cuda.machine import KEPT_PROMPTS, PIECE, SCORED_ROWS, check_memory, open_device
 from backends.triton_cuda.model import Model
 from backends.triton_cuda.place import place
 from backends.triton_cuda.types import TYPES
 from reference.config import Config
 from reference.forward import STATE_ROWS, check_tokens, initial_state
 from reference.weights import Weights
-
-#: Tokens of a prompt that run at once; longer ones in pieces, the state handed on.
-PIECE = 2048
 
 
 def open_session(weights: Weights, scheme: str, device: str, rescale_every: int = 0) -> TritonSession:

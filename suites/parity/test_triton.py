@@ -165,6 +165,27 @@ def test_a_batch_is_its_sequences_one_by_one(scheme: str, monkeypatch: pytest.Mo
                 assert state_error(before[i], session.export_state(state).astype(np.float64)).worst < 1e-5
 
 
+def test_a_packed_head_is_not_dequantized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor counted by the prediction of memory: it is the largest matrix. Logits are those of one product."""
+    from backends.triton_cuda import matrix, model
+
+    session = load("q4f16_1")
+    whole = session.logits(TOKENS, None)
+    usual, seen = matrix.unpacked, []
+
+    def unpacked(packed: Any, dtype: Any) -> Any:
+        seen.append(packed.results)
+        return usual(packed, dtype)
+
+    monkeypatch.setattr(matrix, "unpacked", unpacked)
+    for module in (matrix, model):
+        monkeypatch.setattr(module, "FUSED_ROWS", 4)
+    found = session.logits(TOKENS, None)
+    assert seen
+    assert session._model._stored.head.results not in seen
+    assert logits_error(found, whole.astype(np.float64), truth("q4f16_1").unit).rms < 2.0**-8
+
+
 def test_a_length_that_comes_again_runs_on_buffers_of_its_own_and_is_the_same() -> None:
     """The second prompt of a length is captured, the third replayed; of more than are kept one unused longest goes."""
     session = load("fp32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +13,8 @@ from backends import triton_cuda
 from backends.api import Unavailable, Unsupported
 from backends.shared import torch_devices
 from backends.triton_cuda import machine
+from harness.budget import device_bytes, device_shortage
+from harness.card import Card
 from reference.config import preset
 from reference.schemes import bytes_read_per_token
 from suites.throughput import triton_rwkv
@@ -80,13 +83,13 @@ def test_a_gpu_too_old_is_unsupported() -> None:
 
 def test_memory_that_is_too_small_says_what_would_fit() -> None:
     config, schemes = preset("7b-world"), ("fp16", "fp32", "q4f16_1")
-    with pytest.raises(Unsupported) as caught:
+    with pytest.raises(Unavailable) as caught:
         machine.check_memory(config, "fp16", 2048, 10 * GIB, 12 * GIB, schemes)
     said = str(caught.value)
     assert "10.0 of 12.0 are free; q4f16_1 (" in said
     assert said.endswith("GiB) would fit")
     assert "\n" not in said
-    with pytest.raises(Unsupported, match="no scheme of this model would fit"):
+    with pytest.raises(Unavailable, match="no scheme of this model would fit"):
         machine.check_memory(config, "fp16", 2048, 2 * GIB, 12 * GIB, schemes)
     machine.check_memory(config, "fp16", 2048, 20 * GIB, 24 * GIB, schemes)
 
@@ -100,6 +103,20 @@ def test_the_prediction_counts_weights_once_and_what_a_piece_needs() -> None:
         > 2048 * 6 * config.n_ffn
     )
     assert machine.needed_bytes(config, "q4f16_1", 1) < 0.4 * weights
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "q4f16_1"])
+def test_the_harness_and_the_backend_predict_one_number(scheme: str) -> None:
+    """On a card with a byte less the harness refuses, as the backend would; with the last byte neither does."""
+    config = preset("7b-world")
+    needed = machine.needed_bytes(config, scheme, machine.PIECE)
+    assert device_bytes(config, scheme, triton_cuda, 256) == needed
+    for free in (needed - 1, needed):
+        card = Card(0, "GPU", "x", free, 80 * GIB, None, None, "570")
+        refused = device_shortage(config, scheme, triton_cuda, 256, "cuda", card) is not None
+        assert refused is (free < needed)
+        with pytest.raises(Unavailable) if refused else nullcontext():
+            machine.check_memory(config, scheme, machine.PIECE, free, 80 * GIB, (scheme,))
 
 
 @pytest.mark.usefixtures("compiling")
