@@ -87,7 +87,7 @@ def lags() -> Table:
         values = record.logs.mean(axis=1)
         length = record.step * len(values)
         found = [
-            f"{likeness(values, round(lag / record.step)):.2f}" if record.step <= lag < MOST_LAG * length else "-"
+            f"{likeness(values, round(lag / record.step)):.2f}" if 0.75 * record.step < lag < MOST_LAG * length else "-"
             for lag in LAGS
         ]
         lines.append((f"{record.name}, every {record.step:.2g} s for {length:.0f} s", *found))

@@ -13,7 +13,7 @@ from reports.verdict import dependence, error_rates, selftest, spacing
 from reports.verdict.decision import Rules
 from reports.verdict.error_rates import rates, upper_bound
 from reports.verdict.permutation import Arms
-from reports.verdict.resample import A_ROW, APART, PAIRS, Record, draw, recorded
+from reports.verdict.resample import A_ROW, APART, PAIRS, SLOW, Record, draw, recorded
 from reports.verdict.rivals import OURS, RIVALS, matched
 
 RULES = Rules()
@@ -36,6 +36,16 @@ def test_the_records_are_real_and_small() -> None:
         assert found.logs.shape[1] >= 3
         assert (np.exp(found.logs) > 100).all()  # microseconds
         assert dependence.autocorrelation(np.median(found.logs, axis=1)) > 0.1  # bursts and drift as recorded
+
+
+def test_the_pause_is_longer_than_blocks_are_alike() -> None:
+    """On a record of some twenty minutes; after a minute they still are."""
+    (found,) = recorded(SLOW)
+    values = found.logs.mean(axis=1)
+    at_minute, at_pause = (dependence.likeness(values, round(lag / found.step)) for lag in (60.0, spacing.PAUSE))
+    assert at_minute > 0.15
+    assert at_pause < 0.1
+    assert dependence.likeness(np.arange(9.0), 1) > 0.5
 
 
 def test_scaling_keeps_the_shape(record: Record) -> None:
