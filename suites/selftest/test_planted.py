@@ -86,7 +86,16 @@ DECIDED = {
 def test_what_is_visible_is_decided_by_the_bound(name: str) -> None:
     for kind in (*DECIDED[name][0], *DECIDED[name][1]):
         bench = Bench(Trial(name, MODEL, kind))
-        assert (effect(bench.planted.patch, bench.subject).state > 1) == (kind in DECIDED[name][0]), kind
+        assert (effect(bench.planted.patch, bench.subject).every > 1) == (kind in DECIDED[name][0]), kind
+
+
+@pytest.mark.parametrize("name", ["chunks of 20 without shift", "a stale output"])
+def test_a_fault_is_visible_only_in_what_is_shown(name: str) -> None:
+    """Logits of every position are given by a traced backend alone, a state not by one of logits."""
+    bench = Bench(Trial(name, MODEL, "int8x32"))
+    seen = effect(bench.planted.patch, bench.subject)
+    assert seen.shown(LOGITS) <= seen.shown(STATE) <= seen.shown(TRACE)
+    assert seen.shown(TRACE) >= seen.plain
 
 
 def sample(n: int, seed: int) -> list[Trial]:
@@ -100,7 +109,7 @@ def test_a_visible_fault_is_detected_and_found(trial: Trial) -> None:
     """Few enough that every one of them must be."""
     found = attempt(trial, (TRACE,))
     if not found.visible(TRACE):
-        assert found.effect.state <= 1
+        assert found.effect.every <= 1
         return
     assert found.by[TRACE], found
     if found.placed:
@@ -146,7 +155,7 @@ def made(fault: str, by: str, point: str | None) -> Outcome:
     """An outcome of a fault in ``blocks.1.att.k``."""
     trial = Trial(fault, "1", "fp32")
     layer = None if point is None else 1
-    seen = Effect(2.0, 3.0, 2.0, "decode")
+    seen = Effect(2.0, 3.0, 3.0, 2.0, "decode")
     return Outcome(trial, "blocks.1.att.k", 1, seen, dict.fromkeys(SESSIONS, by), {TRACE: (layer, point)}, {TRACE: 0.5})
 
 

@@ -46,7 +46,7 @@ def _invisible(outcomes: Sequence[Outcome]) -> str:
     largest: dict[str, float] = {}
     for o in outcomes:
         if not o.visible(TRACE):
-            largest[o.trial.fault] = max(largest.get(o.trial.fault, 0.0), o.effect.state)
+            largest[o.trial.fault] = max(largest.get(o.trial.fault, 0.0), o.effect.every)
     return ", ".join(f"{name} ({e:.2g} of the bound)" for name, e in largest.items()) or "none"
 
 

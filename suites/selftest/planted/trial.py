@@ -75,7 +75,7 @@ class Outcome:
 
     def visible(self, shows: str) -> bool:
         """Whether it was decided beforehand that it can be seen."""
-        return (self.effect.logits if shows == LOGITS else self.effect.state) > 1
+        return self.effect.shown(shows) > 1
 
     @property
     def placed(self) -> bool:
@@ -127,7 +127,7 @@ def attempt(trial: Trial, shows: tuple[str, ...] = ()) -> Outcome:
     found: dict[str, Found | None] = {}
     seconds: dict[str, float] = {}
     for how in shows if bench.planted.point != SESSION and seen.plain > 1 else ():
-        if (seen.logits if how == LOGITS else seen.state) > 1 and by[how]:
+        if seen.shown(how) > 1 and by[how]:
             began = time.perf_counter()
             finding = bench.localized(how)
             seconds[how] = time.perf_counter() - began

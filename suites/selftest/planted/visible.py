@@ -18,9 +18,12 @@ from harness.compare import logits_error, state_error
 from harness.timed_check import ALLOWANCE, FOLLOWING, following
 from harness.tolerance import Truth
 from reference.weights import Weights
-from suites.selftest.planted.backend import TRACE, PlantedBackend
+from suites.selftest.planted.backend import LOGITS, STATE, TRACE, PlantedBackend
 from suites.selftest.planted.fault import Patch
 from suites.selftest.planted.subject import GATE, Subject
+
+#: Logits of every position in one call.
+SCORING = "scoring"
 
 #: Lengths of a first call.
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 30, 31, 32, 33, 40, GATE - 1, GATE)
@@ -39,14 +42,20 @@ class Use(NamedTuple):
 class Effect(NamedTuple):
     """How large a fault is against the bound: above 1 it is visible. ``use``: where it is largest.
 
-    logits  seen in logits alone; ``state`` also with the state and what it is handed to
+    logits  seen in the logits that calls end with; ``state`` also with the state and what it is handed to;
+            ``every`` also in logits of every position, which a backend that is traced gives
     plain   in the logits of the gate's prompt in one call from the start, which localization runs
     """
 
     logits: float
     state: float
+    every: float
     plain: float
     use: str
+
+    def shown(self, shows: str) -> float:
+        """What of it a backend shows that shows its trace, its state or its logits."""
+        return {LOGITS: self.logits, STATE: self.state, TRACE: self.every}[shows]
 
 
 def effect(patch: Patch, subject: Subject) -> Effect:
@@ -54,10 +63,12 @@ def effect(patch: Patch, subject: Subject) -> Effect:
     every = patch.around is not None
     right, wrong = _right(subject, every), list(_uses(PlantedBackend(None, patch, TRACE), subject, every))
     ratios = [_ratio(a, b, subject.truth) for a, b in zip(right, wrong, strict=True)]
-    logits = [r for r, use in zip(ratios, right, strict=True) if not use.is_state and not use.needs_state_access]
-    plain = next(r for r, use in zip(ratios, right, strict=True) if use.name == "scoring")
+    found = list(zip(ratios, right, strict=True))
+    plain = next(r for r, use in found if use.name == SCORING)
+    state = [r for r, use in found if use.name != SCORING]
+    logits = [r for r, use in found if use.name != SCORING and not use.is_state and not use.needs_state_access]
     most = int(np.argmax(ratios))
-    return Effect(max(logits), max(ratios), plain, right[most].name)
+    return Effect(max(logits), max(state), max(ratios), plain, right[most].name)
 
 
 @lru_cache(maxsize=4)
@@ -85,7 +96,7 @@ def _uses(backend: PlantedBackend, subject: Subject, every: bool) -> Iterator[Us
     session = backend.open(subject.stored)
     tokens = list(subject.truth.tokens)
     yield from _decoded(session, tokens)
-    yield Use("scoring", session.logits(tokens, None))  # type: ignore[attr-defined]
+    yield Use(SCORING, session.logits(tokens, None))  # type: ignore[attr-defined]
     for n in LENGTHS if every else (GATE - 1, GATE):
         logits, state = session.forward(tokens[:n], None)
         yield Use(f"{n} tokens in one call", logits[None])
