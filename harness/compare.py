@@ -139,6 +139,9 @@ def at_exponent(state: np.ndarray, pp: np.ndarray) -> np.ndarray:
 class StateError:
     """Distance of a state from truth, per layer and row, each normalised by truth's RMS there.
 
+    aa and bb are sums of exponentials: an exponent that is off by d puts them off by ``e^d - 1``. Of them the distance
+    is ``log(1 + error)``, the same while it is small; beyond, it adds up as d does, where the error itself multiplies.
+
     rms    over all layers and rows        worst  the worst layer and row, which ``layer``, ``row`` name
     """
 
@@ -157,6 +160,7 @@ def state_error(got: np.ndarray, truth: np.ndarray) -> StateError:
     a = at_exponent(a, b[:, PP])
     rows = (FFN_X, ATT_X, AA, BB)
     table = np.array([[nrms(a[layer, row], b[layer, row]) for row in rows] for layer in range(len(a))])
+    table[:, [rows.index(AA), rows.index(BB)]] = np.log1p(table[:, [rows.index(AA), rows.index(BB)]])
     layer, row = np.unravel_index(int(np.argmax(table)), table.shape)
     return StateError(
         rms=float(np.sqrt(np.mean(np.square(table)))),

@@ -12,7 +12,6 @@ seeds, and docs/tolerance.md keeps them. Truth and e are cached by content.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import tempfile
 import zipfile
@@ -90,24 +89,9 @@ class Truth:
     def state_ratios(self, error: StateError) -> dict[str, tuple[float, float]]:
         """Statistic -> (error, bound)."""
         return {
-            "state rms": (error.rms, state_bound(self.e_state_rms)),
-            "worst state row": (error.worst, state_bound(self.e_state_worst)),
+            "state rms": (error.rms, K * self.e_state_rms),
+            "worst state row": (error.worst, K * self.e_state_worst),
         }
-
-
-def state_bound(e: float) -> float:
-    """``K * e``; where that is more than a whole row, what K times the error of an exponent comes to. Always finite.
-
-    aa and bb are sums of exponentials: an exponent that is off by d puts them off by ``e^d - 1``. As long as that is
-    small it is d itself; beyond, draws of one arithmetic differ by factors, and K times the largest is no bound.
-    """
-    if not K * e > 1:
-        return K * e
-    return math.expm1(min(K * math.log1p(e), _LARGEST_EXPONENT))
-
-
-#: e to this is finite in float64.
-_LARGEST_EXPONENT = 700.0
 
 
 def derive(

@@ -117,3 +117,18 @@ def test_a_nan_exponent_is_seen() -> None:
     wrong = state.copy()
     wrong[2, PP, 5] = np.nan
     assert not compare.state_error(wrong, state).worst <= 1e30
+
+
+@pytest.mark.parametrize("d", [1e-6, 1e-3, 1.0, 14.0])
+def test_an_exponent_that_is_off_counts_as_what_it_is_off_by(d: float) -> None:
+    """Of sums of exponentials, in any size; what is no such sum counts as it is."""
+    _, state = forward(WEIGHTS, [1, 2, 3], dtype=np.float64)
+    for row in (AA, BB):
+        wrong = state.copy()
+        wrong[1, row] *= np.exp(d)
+        found = compare.state_error(wrong, state)
+        assert (found.layer, found.row) == (1, STATE_ROWS[row])
+        assert found.worst == pytest.approx(d, rel=1e-3)
+    wrong = state.copy()
+    wrong[1, 0] *= 1 + d
+    assert compare.state_error(wrong, state).worst == pytest.approx(d, rel=1e-9)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from backends import faulty
 from backends.api import Session
@@ -21,7 +18,7 @@ from harness.compare import logits_error
 from harness.measure import Samples, Sampling, measure_decode, measure_first_call, measure_prefill
 from harness.parity import Gate, gate
 from harness.timed_check import decode_checks, following, long_check, prefill_checks, returned_check
-from harness.tolerance import K, Truth, beyond_gate, derive, state_bound
+from harness.tolerance import K, Truth, beyond_gate, derive
 from harness.trace_point import first_bad_point
 from reference.config import Config
 from reference.forward import STATE_ROWS, forward
@@ -398,12 +395,3 @@ def test_an_overflow_is_named_where_it_happens() -> None:
     found = gate(Emulating(), derive(loud, "fp32", fp16, TOKENS))
     assert "NaN at position" in str(found.first_bad)
     assert "blocks.1.ffn.k2: Inf at token" in str(first_bad_point(Emulating(), loud, fp16, TOKENS))
-
-
-@given(st.floats(0, 1e300), st.floats(0, 1e300))
-def test_a_bound_of_the_state_is_finite_never_below_k_times_the_error_and_grows_with_it(a: float, b: float) -> None:
-    low, high = sorted((a, b))
-    assert math.isfinite(state_bound(high))
-    assert K * low <= state_bound(low) <= state_bound(high)
-    assert K * low > 1 or state_bound(low) == K * low
-    assert math.isnan(state_bound(math.nan))
