@@ -178,13 +178,13 @@ class Work:
         return comparison(names, self.rules, lines, parity, notes, missing)
 
     def rows(self) -> list[Row]:
-        """Everything measured: a row for each side, cell and metric."""
+        """Everything measured: a row for each side, cell and metric; of a side that is wrong, that it is."""
         return [
             self._side_row(i, number, metric)
             for i, cell in enumerate(self.cells)
             for number in (0, 1)
             for metric in METRICS
-            if cell.pairs or cell.wrong
+            if cell.pairs or isinstance(cell.failed.get(self.sides[number].name), BlockWrong)
         ]
 
     def _side_row(self, i: int, number: int, metric: str) -> Row:

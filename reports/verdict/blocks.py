@@ -135,8 +135,10 @@ def _when(block: Mapping[str, Any]) -> Span | None:
     """When a block was taken, where it says."""
     if not block.get("time"):
         return None
-    began = spacing.seconds(str(block["time"]))
-    return began, began + float(block.get("seconds") or 0.0)
+    began, lasted = spacing.seconds(str(block["time"])), block.get("seconds") or 0.0
+    if not isinstance(lasted, (int, float)) or not lasted >= 0:
+        raise InputError(f"a block has {lasted!r} seconds; a number of at least 0 is needed")
+    return began, began + lasted
 
 
 def _spans(rows: Sequence[Row]) -> dict[tuple[Any, ...], Span]:

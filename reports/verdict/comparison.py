@@ -70,8 +70,9 @@ class Comparison:
 
     @property
     def open(self) -> bool:
-        """Whether anything is left without an answer: undecided, missing, or nothing compared at all."""
-        return bool(self.of(UNDECIDED) or self.missing or not (self.lines or self.parity))
+        """Whether anything is left without an answer: undecided, missing, flaky, or nothing compared at all."""
+        untold = any(cell.untold for cell in self.parity)
+        return bool(self.of(UNDECIDED) or self.missing or untold or not (self.lines or self.parity))
 
     @property
     def conclusion(self) -> str:

@@ -60,6 +60,8 @@ def parted(base: Sequence[Key], head: Sequence[Key], names: tuple[str, str]) -> 
         for other in dict.fromkeys(other for other in head if other.what == key.what):
             if key.machine and other.machine and key.machine != other.machine:
                 text = f"measured on {key.machine} in {names[0]}, on {other.machine} in {names[1]}"
+            elif key.weights == other.weights or not key.weights or not other.weights:
+                text = f"more than one cell of {names[1]} may be that of {names[0]}, which does not say all of it"
             else:
                 text = f"with weights {key.weights[:12]} in {names[0]}, {other.weights[:12]} in {names[1]}"
             said[text] = said.get(text, 0) + 1

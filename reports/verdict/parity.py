@@ -1,7 +1,8 @@
 """Parity of two files: the worst verdict over all runs of a cell, and whether head is worse than base.
 
 A cell that fails in one run of twelve is wrong, whichever run was the last. Where base fails at times too, head is a
-regression only if it fails in more of its runs than chance allows (Fisher's exact test).
+regression only if it fails in more of its runs than chance allows (Fisher's exact test), or in all of them where base
+passes at least half of the time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Judged:
     """Verdicts of one cell on both sides; ``None`` where it was not judged.
 
     one_machine  both sides had the same machine: what head cannot run or judge any more, head has lost
-    worse        base fails in some of its runs, and head in more than chance allows
+    worse        base fails in some of its runs, and head in more than chance allows, or in all where base seldom does
+    untold       both fail in some of their runs, and nothing says that head does more often
     """
 
     names: Mapping[str, str]
@@ -44,6 +46,7 @@ class Judged:
     why: str
     one_machine: bool = False
     worse: bool = False
+    untold: bool = False
 
     @property
     def lost(self) -> bool:
@@ -93,9 +96,13 @@ def judged_pairs(
 
 def judged(names: Mapping[str, str], base: Verdict | None, head: Verdict | None, alpha: float) -> Judged:
     """One cell; ``alpha``: chance of calling head worse where both fail as often."""
-    worse = base is not None and head is not None and 0 < base.failed < base.runs and more_often(base, head) <= alpha
+    worse = untold = False
+    if base is not None and head is not None and 0 < base.failed < base.runs and head.failed:
+        always = head.failed == head.runs and 2 * base.failed <= base.runs
+        worse = always or more_often(base, head) <= alpha
+        untold = not worse
     why = (head or base or Verdict("", "", 0, 0)).why
-    return Judged(names, base.worst if base else None, head.worst if head else None, why, worse=worse)
+    return Judged(names, base.worst if base else None, head.worst if head else None, why, worse=worse, untold=untold)
 
 
 def more_often(base: Verdict, head: Verdict) -> float:

@@ -196,6 +196,7 @@ class Machine:
     ) -> None:
         self.rng = np.random.default_rng(0)
         self.slowdown, self.ends, self.broken, self.wrong = slowdown, ends, broken, wrong
+        self.right_for = 40
         self.asked: list[list[str]] = []
         self.calls: list[str] = []
         self.level = 0.0
@@ -211,7 +212,7 @@ class Machine:
             raise KeyboardInterrupt
         if self.broken == side.name:
             raise BlockFailed("killed by SIGSEGV: no more words")
-        if self.wrong == side.name and len(self.calls) > 40:
+        if self.wrong == side.name and len(self.calls) > self.right_for:
             raise BlockWrong("prefill: logit 0 is nan at step 0 of sample 0")
         self.level = 0.9 * self.level + self.rng.normal(0, 0.05)  # drift far larger than the difference
         slow = 1 / (1 - self.slowdown) if side.name == "head" else 1.0
@@ -314,6 +315,19 @@ def test_a_block_that_is_wrong_takes_the_speed_away(ab: Callable[..., Done], tmp
     base = ab(Machine(wrong="base"), "--effect", "1.1%")
     assert "is wrong in base" in base.out
     assert "FAIL → PASS" in base.out
+
+
+@pytest.mark.parametrize("side", ["base", "head"])
+def test_a_block_that_is_wrong_from_the_first_is_answered_too(
+    ab: Callable[..., Done], tmp_path: Path, side: str
+) -> None:
+    store = tmp_path / "rows.jsonl"
+    machine = Machine(wrong=side)
+    machine.right_for = 0
+    done = ab(machine, "--store", str(store))
+    assert done.code == (1 if side == "head" else 4)
+    assert f"is wrong in {side}: prefill: logit 0 is nan" in done.out
+    assert {(row.extra["ab"]["side"], row.value, row.verdict) for row in read(store)} == {(side, None, "FAIL")}
 
 
 def test_parity_is_asked_for_the_lengths_that_are_timed(ab: Callable[..., Done]) -> None:

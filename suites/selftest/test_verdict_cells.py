@@ -111,8 +111,18 @@ def test_beside_a_base_that_fails_at_times_only_more_than_chance_counts(
     head = verdicts(tmp_path / "b.jsonl", range(after))
     done = bench("compare", base, head, "--format", "json")
     assert done.code == code
+    untold = 0 < before < 12 and after > 0 and not code
+    assert bench("compare", base, head, "--strict").code == (1 if untold else code)
     notes = json.loads(done.out)["notes"]
     assert sum("fails in" in note for note in notes) == sum(0 < failed < 12 for failed in (before, after))
+
+
+@pytest.mark.parametrize(("before", "runs", "after"), [(1, 12, 1), (1, 12, 3), (1, 2, 12), (1, 2, 50)])
+def test_a_head_that_always_fails_is_a_regression_whatever_base_once_did(
+    bench: Bench, tmp_path: Path, before: int, runs: int, after: int
+) -> None:
+    base = verdicts(tmp_path / "a.jsonl", range(before), runs)
+    assert bench("compare", base, verdicts(tmp_path / "b.jsonl", range(after), after)).code == 1
 
 
 def test_a_run_that_could_not_measure_a_cell_says_nothing_of_it(bench: Bench, tmp_path: Path) -> None:
