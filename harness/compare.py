@@ -143,12 +143,17 @@ class StateError:
     is ``log(1 + error)``, the same while it is small; beyond, it adds up as d does, where the error itself multiplies.
 
     rms    over all layers and rows        worst  the worst layer and row, which ``layer``, ``row`` name
+
+    ``plain_rms`` and ``plain_worst`` are of the errors themselves: terms that add up grow there with position, in the
+    exponent only with its logarithm.
     """
 
     rms: float
     worst: float
     layer: int
     row: str
+    plain_rms: float
+    plain_worst: float
 
 
 def state_error(got: np.ndarray, truth: np.ndarray) -> StateError:
@@ -160,13 +165,18 @@ def state_error(got: np.ndarray, truth: np.ndarray) -> StateError:
     a = at_exponent(a, b[:, PP])
     rows = (FFN_X, ATT_X, AA, BB)
     table = np.array([[nrms(a[layer, row], b[layer, row]) for row in rows] for layer in range(len(a))])
+    plain = table.copy()
     table[:, [rows.index(AA), rows.index(BB)]] = np.log1p(table[:, [rows.index(AA), rows.index(BB)]])
     layer, row = np.unravel_index(int(np.argmax(table)), table.shape)
+    with np.errstate(over="ignore"):
+        plain_rms = float(np.sqrt(np.mean(np.square(plain))))
     return StateError(
         rms=float(np.sqrt(np.mean(np.square(table)))),
         worst=float(table.max()),
         layer=int(layer),
         row=STATE_ROWS[rows[row]],
+        plain_rms=plain_rms,
+        plain_worst=float(plain.max()),
     )
 
 

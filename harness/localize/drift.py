@@ -4,7 +4,7 @@ The backend, truth (float64) and emulated runs of the declared arithmetic go thr
 few tokens at a time, so that only errors are kept. Some positions, evenly spaced on a logarithmic scale, are looked at.
 
     level      what the arithmetic must be off by there: the largest of the emulated runs so far
-    bound      K times that
+    bound      K times that; of a state K times in the exponent, as the gate takes it (``StateError``)
     exponent   s where the error grows as position^s, with its interval: 0 stays, 1/2 is a random walk, 1 adds up
 
 An error beyond its bound that grows, by more than chance and over the whole text by more than K, grows without limit
@@ -154,7 +154,9 @@ def drift(
             looked.append(end)
             errors.append(runs.errors)
             tell(f"{end} of {len(ids)} tokens")
-    known = {"logits": truth.e_worst, "state": truth.e_state_rms, "worst state row": truth.e_state_worst}
+    in_state = {"state": truth.e_state_rms, "worst state row": truth.e_state_worst}
+    with np.errstate(over="ignore"):
+        known = {"logits": truth.e_worst} | {name: float(np.expm1(e)) for name, e in in_state.items()}
     return Drift(len(ids), tuple(_curves(np.array(looked), errors, known)))
 
 
@@ -206,7 +208,7 @@ class _Runs:
             return f"state: {bad}"
         with np.errstate(over="ignore"):  # a state that cannot be moved to truth's exponent is far off
             states = [state_error(x, self._truth) for x in (state, *self._draws) if x is not None]
-        self.errors |= {"state": [e.rms for e in states], "worst state row": [e.worst for e in states]}
+        self.errors |= {"state": [e.plain_rms for e in states], "worst state row": [e.plain_worst for e in states]}
         return ""
 
     def _drawn(self, i: int, piece: list[int]) -> np.ndarray:
@@ -235,8 +237,10 @@ def _curves(
         early = float(table[positions <= _KNOWN, 1:].max())
         scale = max(1.0, known[name] / early) if early > 0 else 1.0
         level = np.maximum(known[name], scale * np.maximum.accumulate(table[:, 1:].max(axis=1)))
+        with np.errstate(over="ignore"):
+            bound = K * level if name == "logits" else np.expm1(K * np.log1p(level))
         fits = [fitted(positions, column) for column in table.T]
-        yield Curve(name, positions, table[:, 0], K * level, fits[0], max(fits[1:], key=lambda fit: fit[2]))
+        yield Curve(name, positions, table[:, 0], bound, fits[0], max(fits[1:], key=lambda fit: fit[2]))
 
 
 def fitted(positions: np.ndarray, error: np.ndarray) -> tuple[float, float, float]:
