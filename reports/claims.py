@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.rows import Row
+from reports.measuring_notes import percent
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -12,8 +13,8 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     found = {
         "threads": ["" if row.threads is None else str(row.threads) for row in rows],
         "range": [_range(row) for row in rows],
-        "of peak": [_percent(row.roofline_fraction) for row in rows],
-        "measured here": [_ours(row) for row in rows],
+        "of peak": [of_peak(row) for row in rows],
+        "measured here": [ours_text(row) for row in rows],
     }
     return {header: cells for header, cells in found.items() if any(cells)}
 
@@ -35,16 +36,17 @@ def _range(row: Row) -> str:
     return "" if not ends else "–".join(f"{end:.0f}" if end >= 100 else f"{end:.3g}" for end in ends)
 
 
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2g} %"
+def of_peak(row: Row) -> str:
+    """``51 %`` of what the hardware's data sheet allows; empty where that is not known."""
+    return "" if row.roofline_fraction is None else f"{100 * row.roofline_fraction:.2g} %"
 
 
-def _ours(row: Row) -> str:
+def ours_text(row: Row) -> str:
     """``75.1 ±1%: exceeded``; where the two cannot be compared, ``75.1 ±1%: another machine``."""
     ours = row.extra.get("ours")
     if not ours:
         return ""
     value, interval = ours["value"], ours["interval"]
-    half = "" if interval is None else f" ±{100 * max(interval[1] - value, value - interval[0]) / value:.1g}%"
+    half = "" if interval is None else f" {percent(max(interval[1] - value, value - interval[0]) / value)}%"
     word = ours["decision"] or str(ours["why"]).partition(":")[0]
     return f"{value:.3g}{half}: {word}"

@@ -24,10 +24,14 @@ examples:
   ssh box cat rows.jsonl | rwkv-bench report - --quant int4
 
 A row that stands in several files is counted once, and said; a file that is
-damaged, or another program's, ends the report and is named.
+damaged, or another program's, ends the report and is named. What is published
+of a measured cell stands beside it, but in csv, json and jsonl.
 """
 
 FORMATS = ("table", "md", "csv", "json", "jsonl", "html", "png")
+
+#: Formats that other programs read, and that hold the rows of the files alone.
+_DATA = ("csv", "json", "jsonl")
 
 #: Options that choose rows.
 FILTERS = ("hardware", "model", "backend", "quant")
@@ -50,6 +54,8 @@ def results_and_filters(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -> Outcome:
     """The report as text, or as bytes where it is a picture. Raises InputError for files that cannot be read."""
+    from dataclasses import replace
+
     from harness.outcome import Outcome
     from harness.status import PASSED
 
@@ -58,6 +64,10 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -
     found = chosen(arguments)
     tell(f"{len(found.rows)} rows")
     title = arguments.title or "RWKV-4 results"
+    if kind not in _DATA:
+        from reports.published import beside_claims
+
+        found = replace(found, rows=tuple(beside_claims(found.rows)))
     if kind in ("html", "md"):  # which say themselves what was noticed
         return Outcome(_rendered(found, kind, title), PASSED)
     return Outcome(_rendered(found, kind, title), PASSED, (*found.said, *_earlier(found, kind)))

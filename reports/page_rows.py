@@ -7,6 +7,8 @@ from html import escape
 from typing import Any, NamedTuple
 
 from reports.cells import Cell
+from reports.claims import of_peak, ours_text
+from reports.measuring_notes import percent
 from reports.row_fields import device_bytes
 from reports.tables import number, shared_by, small, title_of
 
@@ -35,7 +37,7 @@ def section(kind: str, cells: Sequence[Cell], records: Sequence[dict[str, Any]])
     heading, what = KINDS[kind]
     shared = title_of([row for cell, _ in own for row in cell.rows], shared_by([cell.rows for cell, _ in own])[0])
     what += "" if shared == "results" else f" · {escape(shared)}"
-    columns = CLAIM_COLUMNS if kind in ("published", "predicted") else _used(own)
+    columns = _used(own, CLAIM_COLUMNS if kind in ("published", "predicted") else CELL_COLUMNS)
     tops = _tops([each for _, each in own])
     head = "".join(_head(column) for column in columns)
     body = "".join(_line(cell, each, columns, tops[_scale(each)]) for cell, each in own)
@@ -115,7 +117,7 @@ def _speed(metric: str) -> Callable[[Cell, dict[str, Any], float], str]:
             text = f'<span class="pill {escape(word)}">{escape(word)}</span>' if word else ""
             return _cell(title, None, text or '<span class="soft">not timed</span>', "speed")
         value, low, high = found["v"], found["lo"], found["hi"]
-        spread = "" if low is None else f' <span class="pm">±{_percent(value, low, high)} %</span>'
+        spread = "" if low is None else f' <span class="pm">{percent(max(high - value, value - low) / value)} %</span>'
         colour = f"var(--s{each['colour']})"
         bar = f'<i style="width:{100 * value / top:.1f}%"></i>' if top else ""
         if low is not None and top:
@@ -124,11 +126,6 @@ def _speed(metric: str) -> Callable[[Cell, dict[str, Any], float], str]:
         return _cell(title, value, text, "speed")
 
     return shown
-
-
-def _percent(value: float, low: float, high: float) -> str:
-    half = 100 * max(high - value, value - low) / value
-    return f"{half:.0f}" if half >= 0.5 else f"{half:.1f}"
 
 
 def _first_token(cell: Cell, each: dict[str, Any], top: float) -> str:
@@ -177,17 +174,17 @@ CELL_COLUMNS = (
 )
 
 
-def _used(own: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Column]:
+def _used(own: Sequence[tuple[Cell, dict[str, Any]]], among: Sequence[Column]) -> list[Column]:
     """Columns that hold something, those of the key only where cells differ in it."""
 
     def filled(column: Column) -> bool:
         if column.key in ("hardware", "model", "threads", "workload"):
             return len({str(each[column.key]) for _, each in own} - {"", "None"}) > 1
-        if column.key in ("ttft", "memory", "roofline", "kl"):
+        if column.key in ("ttft", "memory", "roofline", "kl", "peak", "ours"):
             return any("data-v=" in column.cell(cell, each, 0.0) for cell, each in own)
         return True
 
-    return [column for column in CELL_COLUMNS if filled(column)]
+    return [column for column in among if filled(column)]
 
 
 def _claimed(cell: Cell, each: dict[str, Any], top: float) -> str:
@@ -200,9 +197,19 @@ def _figure(cell: Cell, each: dict[str, Any], top: float) -> str:
     return _cell(row.metric, row.value, escape(f"{row.metric} {number(row.value)} {row.unit}"), "wide")
 
 
+def _of_peak(cell: Cell, each: dict[str, Any], top: float) -> str:
+    return _cell("of peak", cell.first.roofline_fraction, escape(of_peak(cell.first)))
+
+
+def _ours(cell: Cell, each: dict[str, Any], top: float) -> str:
+    own = cell.first.extra.get("ours") or {}
+    return _cell("measured here", own.get("value"), escape(ours_text(cell.first)), "wide")
+
+
 def _source(cell: Cell, each: dict[str, Any], top: float) -> str:
     source, reason = str(cell.first.extra.get("source", "")), cell.first.reason or ""
-    return _cell("source", source, escape("; ".join(filter(None, (source, reason)))), "src")
+    apart = (cell.first.extra.get("ours") or {}).get("why") or ""
+    return _cell("source", source, escape("; ".join(filter(None, (source, reason, apart)))), "src")
 
 
 CLAIM_COLUMNS = (
@@ -214,6 +221,8 @@ CLAIM_COLUMNS = (
         lambda c, each, t: _cell("kind", each["kind"], f'<span class="pill">{each["kind"]}</span>', "verdict"),
     ),
     Column("figure", "figure", "", _figure, number=True, first="down"),
+    Column("peak", "of peak", "", _of_peak, number=True, first="down"),
+    Column("ours", "measured here", "", _ours, number=True, first="down"),
     _plain("hardware", "hardware"),
     _plain("model", "model"),
     Column("source", "source and what it leaves out", "", _source),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.rows import Row
 from reports.cells import SPEEDS, Cell, scheme_class
-from reports.tables import Table, number
+from reports.tables import Table, speed
 
 #: Order of quantization classes, widest first; others follow by name.
 _CLASSES = ("f32", "f16", "bf16", "int8", "int5", "int4", "int3")
@@ -67,11 +66,4 @@ def _entry(cell: Cell, metric: str, several: bool) -> str:
     name = cell.first.scheme + (f" ({cell.first.threads} threads)" if several and cell.first.threads else "")
     if row is None:
         return f"{name} {cell.judged}" if cell.judged else ""
-    return f"{name} {_figure(row)}"
-
-
-def _figure(row: Row) -> str:
-    if row.interval is None or row.value is None:
-        return number(row.value)
-    half = max(row.interval[1] - row.value, row.value - row.interval[0]) / row.value
-    return f"{number(row.value)} ±{100 * half:.0f}%"
+    return f"{name} {speed(row)}"

@@ -93,7 +93,7 @@ def _name(cell: Cell, cells: Sequence[Cell]) -> str:
     more = [
         (cell.hardware, {c.hardware for c in cells}),
         (row.model, {c.first.model for c in cells}),
-        (f"{row.threads} thr", {f"{c.first.threads} thr" for c in cells}),
+        (f"{row.threads} thr", {c.first.threads for c in cells}) if row.threads else ("", ()),
         (workload_of(cell), {workload_of(c) for c in cells}),
     ]
     return " · ".join([f"{row.backend} {row.scheme}", *(name for name, names in more if len(names) > 1)])

@@ -146,6 +146,21 @@ def claims_of(measured: Sequence[Row]) -> list[Row]:
     return [row for row in found if "ours" in row.extra]
 
 
+def beside_claims(rows: Sequence[Row]) -> list[Row]:
+    """The rows, and published ones of the very cells that they measure, each beside our newest figure of it.
+
+    A claim that stands among the rows already, from when they were made, is replaced.
+    """
+    own = sorted((row for row in rows if row.kind == "measured"), key=lambda row: row.time or "")
+    found = claims_of(own)
+    known = {_printed(row) for row in found}
+    return [*(row for row in rows if row.kind != "published" or _printed(row) not in known), *found]
+
+
+def _printed(row: Row) -> tuple[Any, ...]:
+    return row.hardware, row.model, row.backend, row.scheme, row.metric, row.threads, row.value, row.extra.get("source")
+
+
 def beside(claim: Claim, row: Row, measured: Sequence[Row]) -> Row:
     """The claim's row with our last figure of its cell, and the word for the two or why there is none."""
     ours = next((own for own in reversed(measured) if same_cell(claim, own)), None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.rows import Row
 from reports import output
+from reports.measuring_notes import half_width, percent
 from reports.quality_csv import to_csv
 from reports.tables import Table, group_cells, markdown, number, shared_by, shared_key, small, title_of, verdict_of
 from reports.terminal import render
@@ -125,10 +126,8 @@ def _divergence(value: float) -> str:
 
 def _relative(text: str, row: Row) -> str:
     """A figure with the wider half of its interval in per cent of it."""
-    if row.interval is None or not row.value or text.startswith("<"):
-        return text
-    half = max(row.interval[1] - row.value, row.value - row.interval[0]) / row.value
-    return f"{text} ±{100 * half:.0f}%"
+    half = half_width(row)
+    return text if half is None or text.startswith("<") else f"{text} {percent(half)}%"
 
 
 def _percent(value: float, interval: tuple[float, float] | None) -> str:

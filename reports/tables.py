@@ -189,9 +189,14 @@ _KEYS = ("hardware", "model", "backend", "scheme", "threads")
 
 
 def shared_by(cells: Sequence[Sequence[Row]]) -> tuple[dict[str, str], list[str]]:
-    """What all cells have in common, and the keys that need a column; backend and scheme always do."""
+    """What all cells have in common, and the keys that need a column; backend and scheme always do.
+
+    A cell without any figure that leaves a key open, as a refused one does, has it in common with any.
+    """
+    held = [group for group in cells if any(row.value is not None for row in group)]
     values = {key: {shared_key(group, key) for group in cells} - {""} for key in _KEYS}
-    columns = [key for key in _KEYS if key in ("backend", "scheme") or len(values[key]) > 1]
+    open_keys = {key for key in _KEYS if values[key] and not all(shared_key(group, key) for group in held)}
+    columns = [key for key in _KEYS if key in ("backend", "scheme") or len(values[key]) > 1 or key in open_keys]
     return {key: next(iter(values[key])) for key in _KEYS if key not in columns and values[key]}, columns
 
 

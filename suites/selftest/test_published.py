@@ -153,6 +153,20 @@ def test_our_own_figure_stands_beside_the_claim() -> None:
     assert claims_of([]) == []
 
 
+def test_a_report_shows_the_claim_beside_the_newest_figure_and_keeps_data_apart(bench: Bench, tmp_path: Path) -> None:
+    store = str(tmp_path / "store.jsonl")
+    rows = [ours(80, 79, 81, time="2026-11-02"), ours(60, 59, 61, run="r0", time="2026-11-01")]
+    for row in [*rows, *claims_of(rows)]:  # the claim as it was when a run was written, beside another figure
+        append(store, row)
+    for kind in ("table", "md", "html"):
+        text = bench("report", store, "--format", kind).out
+        assert text.count("exceeded") == 1, kind
+        assert "contradicted" not in text
+    assert bench("report", store, "--format", "csv").out.count("published") == 1
+    append(store, ours(80, 79, 81, model="3b", time="2026-11-03"))
+    assert "published" not in bench("report", store, "--model", "3b").out
+
+
 def ours_on_a_processor(**fields: Any) -> Row:
     cell = {"hardware": "cpu", "backend": "rwkv.cpp", "model": "1b5", "scheme": "FP16", "threads": 4, "device": "cpu"}
     return ours(2.0, 1.9, 2.1, **{**cell, "hardware_detail": {"name": "AMD EPYC 9654"}, **fields})

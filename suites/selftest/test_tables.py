@@ -84,6 +84,14 @@ def test_what_differs_has_a_column() -> None:
     assert "(synthetic weights)" in speed_table(cell(model="169m", synthetic=True)).title
 
 
+def test_what_a_timed_cell_leaves_open_is_not_said_of_it() -> None:
+    table = speed_table([*cell(threads=2), *cell(threads=None, scheme="fp16")])
+    assert "thread" not in table.title
+    at = table.header.index("threads")
+    assert [line[at] for line in table.lines] == ["2", ""]
+    assert "2 threads" in speed_table([*cell(threads=2), *refused(scheme="fp16")]).title
+
+
 def test_a_failure_has_its_verdict_where_a_speed_would_stand() -> None:
     table = speed_table(MIXED)
     by_scheme = {(line[0], line[1]): line[2:] for line in table.lines}
