@@ -47,6 +47,12 @@ def shortage(needed: int, device: str, free: int | None = None) -> str | None:
     return f"needs about {needed / GIB:.1f} GiB of memory, {have / GIB:.1f} GiB are free; try a smaller scheme or model"
 
 
+def beside_bytes(config: Config, batch: int, tokens: int) -> int:
+    """What sequences take beyond the first: a state before and after the call, logits, activations of ``tokens``."""
+    each = 10 * config.n_layer * config.n_embd + config.n_vocab + tokens * (3 * config.n_ffn + 8 * config.n_embd)
+    return 4 * (batch - 1) * each
+
+
 def device_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int) -> int:
     """Estimate for one cell on its device: the backend's own, else weights as it keeps them, activations, a context."""
     declared = getattr(backend, "device_bytes", None)
@@ -58,19 +64,21 @@ def device_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens
 
 
 def device_shortage(
-    config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, device: str, card: Card | None
+    config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, device: str, card: Card | None, batch: int = 1
 ) -> str | None:
     """Why a cell does not fit on its card, and what would; ``None`` if it does, or nobody tells what is free."""
     if card is None or card.free_bytes is None:
         return None
     free = card.free_bytes
-    needed = device_bytes(config, scheme, backend, prompt_tokens)
+    # A backend that knows what it takes on the card runs the prompts of a batch in pieces of one size.
+    more = beside_bytes(config, batch, 1 if hasattr(backend, "device_bytes") else prompt_tokens)
+    needed = device_bytes(config, scheme, backend, prompt_tokens) + more
     if needed <= free:
         return None
     total = "" if card.total_bytes is None else f" of {card.total_bytes / GIB:.1f}"
     return (
         f"needs about {needed / GIB:.1f} GiB on {device} ({card.name}), {free / GIB:.1f}{total} GiB are free; "
-        + _would_fit(config, scheme, backend, prompt_tokens, free)
+        + _would_fit(config, scheme, backend, prompt_tokens, free - more)
     )
 
 

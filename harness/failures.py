@@ -84,8 +84,13 @@ def verdict_of(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
     return "CRASHED", f"{what}; traceback in {where}"
 
 
-#: What torch says, its TorchScript among other lines, and MPS in a plain RuntimeError.
-_SHORT = re.compile(r"\b(?:CUDA|HIP|MPS)\b[^.\n]{0,20}\bout of memory\b(?:\. Tried to allocate [\d.]+ \w+)?")
+#: What torch says, its TorchScript among other lines, and MPS in a plain RuntimeError; MLX, whose allocator or command
+#: buffer gives up (ml-explore/mlx issue 63, pull request 479).
+_SHORT = re.compile(
+    r"\b(?:CUDA|HIP|MPS)\b[^.\n]{0,20}\bout of memory\b(?:\. Tried to allocate [\d.]+ \w+)?"
+    r"|\[[^\]\n]*malloc[^\]\n]*\] (?:Unable|Attempting) to allocate \d+ bytes"
+    r"|Insufficient Memory \(\w+:kIOGPUCommandBufferCallbackErrorOutOfMemory\)"
+)
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -26,7 +26,8 @@ def fitted(base: Row, cell: Cell, model: Model) -> tuple[Row, str | None]:
     card = card_of(place.device)
     base = replace(base, hardware_detail=recorded(base.hardware_detail, card))
     prompt, backend = cell.workload.prompt_tokens, load_backend(cell.backend)
-    short = short or device_shortage(model.config, cell.scheme, backend, prompt, place.device, card)
+    batch = cell.workload.batch
+    short = short or device_shortage(model.config, cell.scheme, backend, prompt, place.device, card, batch)
     disturbed = warning(place.device, card)
     if disturbed and not short:
         warnings.warn(disturbed, stacklevel=1)

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from backends.api import BackendInfo, Unavailable
 from backends.index import LIBRARIES, backend_names, load_backend
-from harness.budget import needed_bytes
+from harness.budget import beside_bytes, needed_bytes
 from harness.hardware import Hardware
 from harness.isolation.placement import Placement, usable
 from harness.isolation.requirements import BadHeader
@@ -204,7 +204,8 @@ class _Asked:
 def memory_needed(cell: Cell, config: Config) -> int:
     """Estimated bytes of host memory that a cell takes."""
     backend, prompt = load_backend(cell.backend), cell.workload.prompt_tokens
-    return needed_bytes(config, cell.scheme, backend, prompt, is_generated(cell.model))
+    batch = beside_bytes(config, cell.workload.batch, prompt)
+    return needed_bytes(config, cell.scheme, backend, prompt, is_generated(cell.model)) + batch
 
 
 def expand(names: tuple[str, ...], every: list[str]) -> list[str]:

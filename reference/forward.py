@@ -233,11 +233,13 @@ def check_tokens(tokens: Tokens, n_vocab: int) -> np.ndarray:
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.size == 0:
         raise TokenError("the prompt has no tokens; at least one is needed")
+    if ids.dtype == object and all(isinstance(token, int) for token in ids):  # one is beyond 64 bits
+        ids = np.array([min(max(token, -1), n_vocab) for token in ids])
     if ids.dtype.kind not in "iu":
         raise TokenError(f"token ids must be integers, not {ids.dtype}")
     bad = np.flatnonzero((ids < 0) | (ids >= n_vocab))
     if bad.size:
-        raise TokenError(f"token {ids[bad[0]]} at position {bad[0]} is outside the vocabulary of {n_vocab}")
+        raise TokenError(f"token {tokens[bad[0]]} at position {bad[0]} is outside the vocabulary of {n_vocab}")
     return ids.astype(np.int64)
 
 

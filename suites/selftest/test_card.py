@@ -207,6 +207,7 @@ def test_it_fits_from_the_byte_on_that_is_needed() -> None:
     assert 2 * 1_515_106_304 < needed < 2 * 1_515_106_304 + GIB
     card = Card(0, "GPU", "x", needed, None, None, None, "570")
     assert device_shortage(preset("1b5"), "fp16", torch_eager, 256, "cuda", card) is None
+    assert device_shortage(preset("1b5"), "fp16", torch_eager, 256, "cuda", card, batch=2) is not None
     card = Card(0, "GPU", "x", needed - 1, None, None, None, "570")
     assert device_shortage(preset("1b5"), "fp16", torch_eager, 256, "cuda", card) is not None
 

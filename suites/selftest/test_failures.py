@@ -39,6 +39,10 @@ def _bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "save_bundle", lambda *told: tmp_path)
 
 
+METAL = "Attempting to allocate 48736917632 bytes"
+FULL = "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -47,6 +51,9 @@ def _bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (RuntimeError(TORCHSCRIPT), "CUDA out of memory. Tried to allocate 2.00 GiB"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "CUDA error: out of memory"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GiB)"), "MPS backend out of memory"),
+        (RuntimeError(f"[metal::malloc] {METAL} which is greater than the maximum"), f"[metal::malloc] {METAL}"),
+        (RuntimeError("[malloc_or_wait] Unable to allocate 8 bytes."), "[malloc_or_wait] Unable to allocate 8 bytes"),
+        (RemoteError(f"RuntimeError: [METAL] Command buffer execution failed: {FULL}", "Traceback"), FULL),
         (RemoteError(f"OutOfMemoryError: {SAID}", "Traceback"), "CUDA out of memory. Tried to allocate 2.00 GiB"),
         (RemoteError("OutOfMemoryError: no room", "Traceback"), "OutOfMemoryError: no room"),
     ],

@@ -117,6 +117,8 @@ def test_the_initial_exponent_keeps_very_negative_keys() -> None:
         ([], "no tokens"),
         ([3, 50], "token 50 at position 1 is outside the vocabulary of 50"),
         ([-1], "token -1 at position 0"),
+        ([3, 2**70], "token 1180591620717411303424 at position 1 is outside"),
+        ([-(2**70)], "token -1180591620717411303424 at position 0"),
         ([1.5], "must be integers"),
         ([[1]], "no tokens"),
     ],

@@ -150,14 +150,16 @@ def test_explicit_means_nothing_came_from_all() -> None:
 
 
 def test_memory_grows_with_the_prompt_and_counts_what_the_backend_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def needed(prompt: int, model: str = "tiny") -> int:
+    def needed(prompt: int, model: str = "tiny", batch: int = 1) -> int:
         from harness.measure import Workload
 
-        request = Request(models=(model,), backends=("one",), schemes=("Q4_0",), workload=Workload(prompt, 1))
+        request = Request(models=(model,), backends=("one",), schemes=("Q4_0",), workload=Workload(prompt, 1, batch))
         return memory_needed(plan(request).cells[0], config)
 
     config = Config(2, 512, 2048, 1000)
     assert needed(10_000) - needed(1) == 9_999 * 4 * (3 * 2048 + 8 * 512)
+    activations = 100 * (3 * 2048 + 8 * 512)
+    assert needed(100, batch=3) - needed(100) == 4 * 2 * (activations + 2 * 5 * 2 * 512 + 1000)  # two states, logits
     assert needed(1, "169m") - needed(1) == 2 * count_parameters(config)  # synthetic weights are held
     stored = needed(1)
     monkeypatch.setattr(
