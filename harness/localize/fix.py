@@ -180,12 +180,13 @@ def _rescaled(evidence: Evidence, over: Mapping[str, float]) -> Iterator[Change]
 
 
 def _other_schemes(evidence: Evidence, bench: Bench, peaks: Mapping[str, Peak]) -> Iterator[Change]:
-    """Those whose arithmetic holds the model's values, of about the same size first."""
+    """Those whose arithmetic holds the model's values: of about the same size first, none that keeps less before."""
     config = evidence.original.config
     size = stored_bytes(config, evidence.scheme)
 
-    def distance(scheme: str) -> float:
-        return abs(stored_bytes(config, scheme) - size)
+    def distance(scheme: str) -> tuple[bool, float]:
+        more = stored_bytes(config, scheme) - size
+        return more < 0, abs(more)
 
     fits = [
         name
