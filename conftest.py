@@ -29,6 +29,7 @@ from harness.tolerance import Truth
 from harness.without_codec import truth_for
 from reference.errors import InputError
 from reference.weights import Weights
+from suites.skips import folded, reason_of
 
 #: What ``--backend`` means without being given.
 HERE = "here"
@@ -61,6 +62,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why tests were skipped, in a few lines where pytest has one for every test."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        terminalreporter.section(f"{len(skipped)} skipped, by reason", sep="-")
+        for line in folded(reason_of(report.longrepr) for report in skipped):
+            terminalreporter.line(line)
 
 
 def _threads(text: str) -> int:
