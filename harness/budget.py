@@ -70,24 +70,28 @@ def device_shortage(
     if card is None or card.free_bytes is None:
         return None
     free = card.free_bytes
-    # A backend that knows what it takes on the card runs the prompts of a batch in pieces of one size.
-    more = beside_bytes(config, batch, 1 if hasattr(backend, "device_bytes") else prompt_tokens)
-    needed = device_bytes(config, scheme, backend, prompt_tokens) + more
+    needed = _batch_bytes(config, scheme, backend, prompt_tokens, batch)
     if needed <= free:
         return None
     total = "" if card.total_bytes is None else f" of {card.total_bytes / GIB:.1f}"
     return (
         f"needs about {needed / GIB:.1f} GiB on {device} ({card.name}), {free / GIB:.1f}{total} GiB are free; "
-        + _would_fit(config, scheme, backend, prompt_tokens, free - more)
+        + _would_fit(config, scheme, backend, prompt_tokens, batch, free)
     )
 
 
-def _would_fit(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, free: int) -> str:
+def _batch_bytes(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, batch: int) -> int:
+    """Of ``batch`` sequences; who declares ``device_bytes`` runs their prompts in pieces of one size."""
+    tokens = 1 if hasattr(backend, "device_bytes") else prompt_tokens
+    return device_bytes(config, scheme, backend, prompt_tokens) + beside_bytes(config, batch, tokens)
+
+
+def _would_fit(config: Config, scheme: str, backend: ModuleType, prompt_tokens: int, batch: int, free: int) -> str:
     """Schemes of the backend for this model, else the largest shape in the scheme, that take at most ``free``."""
 
     def fits(shape: Config, kept: str) -> bool:
         try:
-            return device_bytes(shape, kept, backend, prompt_tokens) <= free
+            return _batch_bytes(shape, kept, backend, prompt_tokens, batch) <= free
         except ConfigError:  # groups that do not divide a row of this model
             return False
 

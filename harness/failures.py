@@ -89,6 +89,7 @@ def verdict_of(error: Exception, cell: Cell, job: Job) -> tuple[str, str]:
 _SHORT = re.compile(
     r"\b(?:CUDA|HIP|MPS)\b[^.\n]{0,20}\bout of memory\b(?:\. Tried to allocate [\d.]+ \w+)?"
     r"|\[[^\]\n]*malloc[^\]\n]*\] (?:Unable|Attempting) to allocate \d+ bytes"
+    r"|Attempting to allocate \d+ bytes(?= which is greater than the maximum allowed buffer size)"
     r"|Insufficient Memory \(\w+:kIOGPUCommandBufferCallbackErrorOutOfMemory\)"
 )
 

@@ -233,8 +233,8 @@ def check_tokens(tokens: Tokens, n_vocab: int) -> np.ndarray:
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.size == 0:
         raise TokenError("the prompt has no tokens; at least one is needed")
-    if ids.dtype == object and all(isinstance(token, int) for token in ids):  # one is beyond 64 bits
-        ids = np.array([min(max(token, -1), n_vocab) for token in ids])
+    if ids.dtype.kind in "Of" and all(isinstance(token, int) for token in tokens):  # one is beyond int64
+        ids = np.array([min(max(int(token), -1), n_vocab) for token in tokens])
     if ids.dtype.kind not in "iu":
         raise TokenError(f"token ids must be integers, not {ids.dtype}")
     bad = np.flatnonzero((ids < 0) | (ids >= n_vocab))

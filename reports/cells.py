@@ -180,10 +180,10 @@ def _folded(found: Sequence[Cell]) -> list[Cell]:
 
 
 def _ambiguous(rows: Sequence[Row]) -> set[str]:
-    """Short hardware names that mean more than one machine here."""
+    """Short hardware names under which more than one machine was measured; a claim is of a name."""
     names: dict[str, set[str]] = {}
     for row in rows:
-        if machine_of(row):
+        if machine_of(row) and row.kind in ("measured", "recorded"):
             names.setdefault(row.hardware, set()).add(machine_of(row))
     return {name for name, machines in names.items() if len(machines) > 1}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.outcome import Outcome
@@ -61,22 +61,26 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None], kind: str) -
 
     _check(arguments, kind)
     tell("reading")
-    found = chosen(arguments)
+    every = _read(arguments)
+    found = _filtered(every, arguments)
     tell(f"{len(found.rows)} rows")
-    title = arguments.title or "RWKV-4 results"
+    title, made = arguments.title or "RWKV-4 results", _made(found)
     if kind not in _DATA:
         from reports.published import beside_claims
 
-        found = replace(found, rows=tuple(beside_claims(found.rows)))
+        found = _filtered(replace(every, rows=tuple(beside_claims(every.rows))), arguments)
     if kind in ("html", "md"):  # which say themselves what was noticed
-        return Outcome(_rendered(found, kind, title), PASSED)
-    return Outcome(_rendered(found, kind, title), PASSED, (*found.said, *_earlier(found, kind)))
+        return Outcome(_rendered(found, kind, title, made), PASSED)
+    return Outcome(_rendered(found, kind, title, made), PASSED, (*found.said, *_earlier(found, kind)))
 
 
 def chosen(arguments: argparse.Namespace) -> Results:
     """Rows of the files that pass the filters. Raises StoreError, and InputError where none does."""
-    from dataclasses import replace
+    return _filtered(_read(arguments), arguments)
 
+
+def _read(arguments: argparse.Namespace) -> Results:
+    """All rows of the files, or of the own store."""
     from harness.collect import store_path
     from reference.errors import InputError
     from reports.results import read_results
@@ -87,7 +91,15 @@ def chosen(arguments: argparse.Namespace) -> Results:
         if not own.exists():
             raise InputError(f"no results are given, and there is no store {own} yet; rwkv-bench run makes one")
         paths = [str(own)]
-    found = read_results(paths)
+    return read_results(paths)
+
+
+def _filtered(found: Results, arguments: argparse.Namespace) -> Results:
+    """Raises InputError where no row passes."""
+    from dataclasses import replace
+
+    from reference.errors import InputError
+
     rows = tuple(row for row in found.rows if _passes(row, arguments))
     if found.rows and not rows:
         asked = " ".join(
@@ -97,13 +109,13 @@ def chosen(arguments: argparse.Namespace) -> Results:
     return replace(found, rows=rows)
 
 
-def _rendered(found: Results, kind: str, title: str) -> str | bytes:
+def _rendered(found: Results, kind: str, title: str, made: str) -> str | bytes:
     from reports.cells import cells, ordered
 
     if kind == "html":
         from reports.page_html import page
 
-        return page(cells(found.rows), title, found.said, _made(found))
+        return page(cells(found.rows), title, found.said, made)
     if kind == "png":
         from reports.plots import draw
 
@@ -160,7 +172,12 @@ def _made(found: Results) -> str:
 
 
 def _passes(row: Row, arguments: argparse.Namespace) -> bool:
-    has = {"hardware": {row.hardware}, "model": {row.model}, "backend": {row.backend}}
+    beside = row.extra.get("ours") or {}  # a claim stands with the backend that it is held against
+    has: dict[str, set[Any]] = {
+        "hardware": {row.hardware},
+        "model": {row.model},
+        "backend": {row.backend, beside.get("backend")},
+    }
     has["quant"] = {row.scheme, *_classes(row)}
     return all(not getattr(arguments, name) or set(getattr(arguments, name)) & has[name] for name in FILTERS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -35,9 +35,11 @@ class Column(NamedTuple):
 def section(kind: str, cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
     own = [(cell, each) for cell, each in zip(cells, records, strict=True) if cell.first.kind == kind]
     heading, what = KINDS[kind]
-    shared = title_of([row for cell, _ in own for row in cell.rows], shared_by([cell.rows for cell, _ in own])[0])
+    common = shared_by([cell.rows for cell, _ in own])[0]
+    shared = title_of([row for cell, _ in own for row in cell.rows], common)
     what += "" if shared == "results" else f" · {escape(shared)}"
-    columns = _used(own, CLAIM_COLUMNS if kind in ("published", "predicted") else CELL_COLUMNS)
+    among = CLAIM_COLUMNS if kind in ("published", "predicted") else CELL_COLUMNS
+    columns = _used(own, among, common)
     tops = _tops([each for _, each in own])
     head = "".join(_head(column) for column in columns)
     body = "".join(_line(cell, each, columns, tops[_scale(each)]) for cell, each in own)
@@ -155,6 +157,10 @@ def _divergence(cell: Cell, each: dict[str, Any], top: float) -> str:
     return _cell("KL nat/token", value, "" if value is None else small(value) if value > 0 else "0", "num")
 
 
+_THREADS = Column(
+    "threads", "threads", "", lambda c, each, t: _cell("threads", each["threads"], str(each["threads"] or "")), True
+)
+
 CELL_COLUMNS = (
     Column("name", "backend, scheme", "", _name),
     Column("verdict", "parity", "", _verdict),
@@ -167,19 +173,20 @@ CELL_COLUMNS = (
     _plain("hardware", "hardware"),
     _plain("model", "model"),
     _plain("cls", "quantization"),
-    Column(
-        "threads", "threads", "", lambda c, each, t: _cell("threads", each["threads"], str(each["threads"] or "")), True
-    ),
+    _THREADS,
     _plain("workload", "prompt → decode"),
 )
 
 
-def _used(own: Sequence[tuple[Cell, dict[str, Any]]], among: Sequence[Column]) -> list[Column]:
-    """Columns that hold something, those of the key only where cells differ in it."""
+def _used(
+    own: Sequence[tuple[Cell, dict[str, Any]]], among: Sequence[Column], common: Mapping[str, str]
+) -> list[Column]:
+    """Columns that hold something, those of the key only where cells differ in it; ``common`` is in the caption."""
 
     def filled(column: Column) -> bool:
         if column.key in ("hardware", "model", "threads", "workload"):
-            return len({str(each[column.key]) for _, each in own} - {"", "None"}) > 1
+            held = {str(each[column.key]) for _, each in own} - {"", "None"}
+            return len(held) > 1 or (bool(held) and column.key not in (*common, "workload"))
         if column.key in ("ttft", "memory", "roofline", "kl", "peak", "ours"):
             return any("data-v=" in column.cell(cell, each, 0.0) for cell, each in own)
         return True
@@ -225,5 +232,6 @@ CLAIM_COLUMNS = (
     Column("ours", "measured here", "", _ours, number=True, first="down"),
     _plain("hardware", "hardware"),
     _plain("model", "model"),
+    _THREADS,
     Column("source", "source and what it leaves out", "", _source),
 )

@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.rows import METRIC_UNITS, Row
 from reference.schemes import SCHEMES
+from reports.cells import cells
 from reports.peak import with_peak_fraction
 
 _FILE = Path(__file__).with_name("published.json")
@@ -149,12 +150,18 @@ def claims_of(measured: Sequence[Row]) -> list[Row]:
 def beside_claims(rows: Sequence[Row]) -> list[Row]:
     """The rows, and published ones of the very cells that they measure, each beside our newest figure of it.
 
-    A claim that stands among the rows already, from when they were made, is replaced.
+    Of a cell whose newest run did not pass there is none. What a claim among the rows says of ours, as it was when they
+    were made, is replaced.
     """
-    own = sorted((row for row in rows if row.kind == "measured"), key=lambda row: row.time or "")
-    found = claims_of(own)
+    newest = [row for cell in cells(rows) for row in cell.rows if row.kind == "measured"]
+    found = claims_of(sorted(newest, key=lambda row: row.time or ""))
     known = {_printed(row) for row in found}
-    return [*(row for row in rows if row.kind != "published" or _printed(row) not in known), *found]
+    told = [row for row in rows if row.kind != "published" or _printed(row) not in known]
+    return [*(row if row.kind != "published" else _alone(row) for row in told), *found]
+
+
+def _alone(row: Row) -> Row:
+    return replace(row, extra={key: value for key, value in row.extra.items() if key != "ours"})
 
 
 def _printed(row: Row) -> tuple[Any, ...]:

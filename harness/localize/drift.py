@@ -69,7 +69,7 @@ class Curve:
     @property
     def beyond(self) -> int | None:
         """The first position from which on the error is not inside its bound; ``None``: it always is."""
-        bad = np.flatnonzero(~(self.error <= self.bound))
+        bad = np.flatnonzero(~((self.error <= self.bound) & np.isfinite(self.error)))
         return int(self.positions[bad[0]]) if bad.size else None
 
     @property

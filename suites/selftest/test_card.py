@@ -202,6 +202,14 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert "; no other scheme and no smaller shape would fit" in str(shortage("7b", "fp16", 0.1))
 
 
+def test_what_would_fit_counts_the_batch_of_that_shape() -> None:
+    card = Card(0, "GPU", "NVIDIA A800", 24 * GIB, 80 * GIB, None, None, "570")
+    for batch, shape in ((1, "3b"), (16, "3b"), (64, "430m")):
+        said = device_shortage(preset("14b"), "fp32", torch_eager, 2048, "cuda", card, batch)
+        assert said is not None
+        assert f"; in fp32, {shape} would fit" in said
+
+
 def test_it_fits_from_the_byte_on_that_is_needed() -> None:
     needed = device_bytes(preset("1b5"), "fp16", torch_eager, 256)
     assert 2 * 1_515_106_304 < needed < 2 * 1_515_106_304 + GIB

@@ -16,7 +16,7 @@ from harness.localize.bench import Bench
 from harness.localize.cost import cost
 from harness.localize.evidence import Evidence
 from harness.localize.finding import CLEAN, DIVERGED, LOGITS, NON_FINITE, TRACE, Finding
-from harness.localize.fix import Search, find_fix, named
+from harness.localize.fix import Search, _other_schemes, find_fix, named
 from harness.localize.magnitudes import measure
 from harness.localize.report import as_text
 from harness.localize.rescaled import rescaling
@@ -101,6 +101,16 @@ def test_a_scheme_with_room_is_tried() -> None:
     assert "not today" in fix.note
     assert fix.what.startswith("scheme bf16")
     assert fix.cost is not None
+
+
+def test_a_scheme_that_keeps_less_comes_after_those_that_keep_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fp16 weights, 4 bits are nearer in size than float32 is, and lose most of what they hold."""
+    planted, point = plant(WEIGHTS, TOKENS, "att.k", 1)
+    offered = {"q4f32_0": Arithmetic(), "fp16": FP16, "Q8_0": Arithmetic(), "fp32": Arithmetic()}
+    monkeypatch.setattr(Bench, "schemes", offered)
+    asked = list(_other_schemes(evidence(planted), Bench(EMULATED, "fp16", threads=1), measure(planted, TOKENS)))
+    assert [change.scheme for change in asked] == ["fp32", "Q8_0"]
+    assert point in excess(measure(planted, TOKENS), FP16, CONFIG)
 
 
 @pytest.mark.parametrize(("declared", "coarse"), [(FP16, False), (Arithmetic("int4x32"), True)], ids=str)

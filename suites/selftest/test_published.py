@@ -163,8 +163,26 @@ def test_a_report_shows_the_claim_beside_the_newest_figure_and_keeps_data_apart(
         assert text.count("exceeded") == 1, kind
         assert "contradicted" not in text
     assert bench("report", store, "--format", "csv").out.count("published") == 1
+    for names in ("mlc-llm", "tvm"):  # a claim is found by its own backend and by the one it is held against
+        assert bench("report", store, "--backend", names).out.count("80 ±1%: exceeded") == 1
     append(store, ours(80, 79, 81, model="3b", time="2026-11-03"))
     assert "published" not in bench("report", store, "--model", "3b").out
+    append(store, ours(85, 84, 86, run="r2", time="2026-11-04", verdict="FAIL", reason="wrong"))
+    text = bench("report", store, "--model", "7b-world").out
+    assert "FAIL" in text
+    assert "exceeded" not in text
+    page = bench("report", store, "--format", "html").out
+    assert "made" in page
+    assert "5 rows of" in page
+
+
+def test_a_claim_is_of_no_second_machine_and_its_threads_are_told(bench: Bench, tmp_path: Path) -> None:
+    store = str(tmp_path / "store.jsonl")
+    append(store, ours_on_a_processor(hardware_detail={"name": "My CPU"}, time="2026-11-01"))
+    append(store, ours(80, 79, 81, time="2026-11-01"))
+    page = bench("report", store, "--format", "html").out
+    assert 'data-hardware="cpu"' in page
+    assert 'data-l="threads" data-v="4"' in page
 
 
 def ours_on_a_processor(**fields: Any) -> Row:
