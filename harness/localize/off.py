@@ -125,7 +125,8 @@ _NAMES = tuple(field.name for field in fields(Off))
 def _off(squares: np.ndarray, expected: np.ndarray, unit: float, factor: float) -> Off:
     """From squared differences ``(T, width)``."""
     sizes = np.square(np.abs(expected) + SMALL * unit)
-    small = np.divide(squares, sizes, out=np.zeros_like(squares), where=squares != 0).mean()
+    with np.errstate(over="ignore", divide="ignore"):  # beyond float64, or where nothing is expected: infinite
+        small = np.divide(squares, sizes, out=np.zeros_like(squares), where=squares != 0).mean()
     rows, columns = squares.mean(axis=1), squares.mean(axis=0)
 
     def over(square: float) -> float:
