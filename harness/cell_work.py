@@ -48,7 +48,7 @@ from harness.without_codec import has_codec, quality, truth_for
 #: Length of the parity gate's prompt; the bound needs at least 32 positions.
 GATE_TOKENS = 48
 
-#: Where loading and judging took longer than this, a cell is not loaded again only to spread its turns.
+#: Where loading and judging a group took longer than this, it is not loaded again only to spread its turns.
 RELOAD_SECONDS = 30.0
 
 
@@ -135,9 +135,9 @@ class CellWork:
         return self.job.sampling is not None and self.job.sampling.fresh
 
     @property
-    def costly(self) -> bool:
-        """Whether loading it again would take longer than what that is for."""
-        return self._now is not None and self._now.seconds > RELOAD_SECONDS
+    def loading_s(self) -> float:
+        """Seconds that loading and judging it took this time."""
+        return 0.0 if self._now is None else self._now.seconds
 
     def begin(self, what: str) -> None:
         """Before the first turn of a loaded session at ``what``: a sample that is not counted."""

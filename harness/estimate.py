@@ -14,12 +14,16 @@ from harness.measure import Sampling
 from harness.models import is_generated, model_config
 from harness.plan import Cell, memory_needed
 from harness.run import GATE_TOKENS
+from harness.session import needs_isolation
 from harness.tolerance import DRAWS
 from reference.config import Config, count_parameters
 from reference.schemes import SCHEMES, bytes_read_per_token
 
 #: Interpreter and call overhead of one layer of one forward call, eager Python.
 _CALL_SECONDS_PER_LAYER = 1.5e-4
+
+#: Until a process of another environment has imported its runtime: 1 to 9 s were seen.
+_START_SECONDS = 4.0
 
 #: Normal numbers that numpy draws.
 _DRAWN_PER_SECOND = 1e8
@@ -51,6 +55,7 @@ def estimate(cell: Cell, sampling: Sampling | None, config: Config | None = None
         return tokens * flop_per_token / rate + call + tokens * config.n_layer * 5e-6  # the WKV loop
 
     load = 4.0 * count_parameters(config) / 1e9 + _making_seconds(cell.model, config)
+    load += _START_SECONDS if needs_isolation(cell.backend) else 0.0
     gate = (DRAWS + 6) * batch(GATE_TOKENS) + (GATE_TOKENS + 4) * step
     seconds = load + gate
     if sampling is not None:

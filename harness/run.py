@@ -17,7 +17,7 @@ from functools import partial
 from math import ceil
 
 from harness.cell_rows import Job, refused_row, runs_apart
-from harness.cell_work import GATE_TOKENS, CellWork
+from harness.cell_work import GATE_TOKENS, RELOAD_SECONDS, CellWork
 from harness.failures import apart_of, failure_row
 from harness.hardware import available_bytes
 from harness.models import Model, open_model
@@ -119,7 +119,7 @@ def _visit(group: Sequence[CellWork], turns: int | None, number: int) -> None:
             if work.ended:
                 work.tell(ENDED)
         inside = [work for work in group if not work.ended]
-        if any(work.costly for work in inside) and not any(work.fresh for work in inside):
+        if sum(work.loading_s for work in inside) > RELOAD_SECONDS and not any(work.fresh for work in inside):
             turns = None
         for what in (PREFILL, DECODE):
             _take_turns([work for work in inside if not work.ended], what, turns, number)

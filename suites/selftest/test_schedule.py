@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import harness.run
+from harness.cell_rows import Job
 from harness.hardware import Hardware
 from harness.measure import Workload
-from harness.plan import Cell
+from harness.plan import Cell, Request, plan
+from harness.rows import Row
+from harness.samples import Sampling
 from harness.schedule import groups, passes, rounds
 
 CPU, GPU, BOX = Hardware("cpu", "cpu", ""), Hardware("h200", "cuda:0", ""), Hardware("box", "cpu", "", host="box")
@@ -71,6 +75,25 @@ def test_orders_differ_from_pair_to_pair_and_seed_to_seed() -> None:
     items = list(range(8))
     assert len({tuple(order) for order in islice(rounds(items, 1), 0, 20, 2)}) == 10
     assert next(rounds(items, 1)) != next(rounds(items, 2))
+
+
+@pytest.mark.parametrize(("worth", "loads"), [(1e9, ["fp32", "fp16", "fp16", "fp32"]), (-1.0, ["fp32", "fp16"])])
+def test_a_group_is_loaded_again_for_half_its_turns_where_that_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch, worth: float, loads: list[str]
+) -> None:
+    monkeypatch.setattr(harness.run, "RELOAD_SECONDS", worth)
+    monkeypatch.setattr(harness.run, "available_bytes", lambda: 1)  # so that every cell is a group
+    request = Request(backends=("numpy",), schemes=("fp32", "fp16"), workload=Workload(16, 4))
+    rows: list[Row] = []
+    told: list[str] = []
+
+    def tell(cell: Cell, doing: str) -> None:
+        if doing == "loading":
+            told.append(cell.scheme)
+
+    harness.run.run(plan(request), Job(request, Sampling(repeats=4), "r"), lambda row, named: rows.append(row), tell)
+    assert told == loads
+    assert [len(row.samples or ()) for row in rows if row.metric == "decode"] == [4, 4]
 
 
 def test_groups_are_visited_there_and_back() -> None:
