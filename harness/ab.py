@@ -1,8 +1,9 @@
 """An A/B comparison at work: which block comes next, and what has been measured so far.
 
-A pair is a block of base and one of head of the same cell, one right after the other. Which comes first is decided
-by a fair coin: that, and not any property of the noise, makes the signs of the pairs' differences independent and
-even where the sides do not differ (Fisher's randomisation). Cells take turns in an order drawn anew for every round.
+A pair is a block of base and one of head of the same cell, whose samples alternate; where memory does not hold both,
+one block right after the other. Which comes first is decided by a fair coin: that, and not any property of the noise,
+makes the signs of the pairs' differences independent and even where the sides do not differ (Fisher's randomisation).
+Cells take turns in an order drawn anew for every round.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.ab_blocks import Block, BlockFailed, BlockWrong
 from harness.ab_checkouts import BASE, HEAD, Side
+from harness.ab_workers import Block, BlockFailed, BlockWrong
 from harness.plan import Cell
 
 Tell = Callable[[str], None]
@@ -47,13 +48,16 @@ class Job:
 
     spec     options of :mod:`harness.ab_worker` that all cells share
     backend  (side, backend) -> what that side calls it
+    measure  sides with what each is asked -> their blocks (:func:`harness.ab_workers.measure`)
+    together whether both sides of a cell may be loaded at once
     """
 
     sides: tuple[Side, Side]
     spec: Mapping[str, Any]
     backend: Callable[[Side, str], str]
     seed: int
-    measure: Callable[[Side, Mapping[str, Any]], Block]
+    measure: Callable[[Sequence[tuple[Side, Mapping[str, Any]]]], Sequence[Block | BlockFailed | None]]
+    together: Callable[[Cell], bool] = lambda cell: True
 
 
 def rounds(job: Job, cells: Sequence[Pairs], deadline: float, tell: Tell) -> Iterator[int]:
@@ -78,12 +82,16 @@ def rounds(job: Job, cells: Sequence[Pairs], deadline: float, tell: Tell) -> Ite
 def _pair(job: Job, cell: Pairs, head_first: bool, tell: Tell) -> None:
     found: dict[str, Block] = {}
     base, head = job.sides
-    for side in (head, base) if head_first else (base, head):
-        tell(f"{cell.cell.backend} {cell.cell.scheme}: pair {len(cell.pairs) + 1}, {side.name}")
-        try:
-            found[side.name] = job.measure(side, _spec(job, side, cell.cell))
-        except BlockFailed as error:
-            cell.failed[side.name] = error
+    order = (head, base) if head_first else (base, head)
+    for sides in [order] if job.together(cell.cell) else [(side,) for side in order]:
+        names = " and ".join(side.name for side in sides)
+        tell(f"{cell.cell.backend} {cell.cell.scheme}: pair {len(cell.pairs) + 1}, {names}")
+        blocks = job.measure([(side, _spec(job, side, cell.cell)) for side in sides])
+        for side, block in zip(sides, blocks, strict=True):
+            if isinstance(block, BlockFailed):
+                cell.failed[side.name] = block
+            elif block is not None:
+                found[side.name] = block
     if not cell.failed:
         cell.pairs.append((found[BASE], found[HEAD]))
         cell.head_first.append(head_first)

@@ -24,8 +24,9 @@ def main(spec: dict) -> dict:
 
     paths         where ``harness``, ``backends`` and the user's modules are looked for first
     backend, model, scheme, device, threads, seed, prompt_tokens, decode_tokens
-    repeats       samples of each metric, after one that is thrown away
     metrics       ``prefill`` and ``decode``, or one of them
+    go, done      pipes: ``t`` asks for one sample of each metric, after one of each that is thrown away, and ``e`` for
+                  the end; a byte comes back when it is ready, and after each sample
     """
     # Not the folder of this file, whose module names are no top-level ones.
     sys.path[:] = [*spec["paths"], *(path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__)))]
@@ -33,7 +34,6 @@ def main(spec: dict) -> dict:
 
     import harness
     from harness.models import gate_tokens, open_model
-    from harness.samples import Sampling
     from harness.session import open_session
 
     found_at = os.path.dirname(os.path.dirname(os.path.abspath(str(harness.__file__))))
@@ -41,15 +41,21 @@ def main(spec: dict) -> dict:
         raise RuntimeError(f"harness was taken from {found_at}, not from {spec['harness']}")
     model = open_model(spec["model"], spec["seed"])
     prompt = gate_tokens(model, spec["prompt_tokens"], spec["seed"])
-    sampling = Sampling(repeats=spec["repeats"], warmup=1)
     timed: dict = {}
     with open_session(spec["backend"], model, spec["scheme"], spec["device"], spec["threads"]) as opened:
-        if "prefill" in spec["metrics"]:
-            taken = opened.meter.prefill(prompt, sampling, lambda text: None)
-            # A session may use its buffer again.
-            timed["prefill"] = replace(taken, last_logits=np.array(taken.last_logits))
+        meter = opened.meter
+        for metric in spec["metrics"]:
+            meter.begin(metric, prompt, spec["decode_tokens"], spec["device"])
+        os.write(spec["done"], b"r")
+        while os.read(spec["go"], 1) == b"t":
+            for metric in spec["metrics"]:
+                meter.turn(metric, 1, True)
+                if metric == "prefill":  # a session may use its buffer again
+                    taken = meter.end(metric)
+                    timed[metric] = replace(taken, last_logits=np.array(taken.last_logits))
+            os.write(spec["done"], b"d")
         if "decode" in spec["metrics"]:
-            timed["decode"] = opened.meter.decode(prompt, spec["decode_tokens"], sampling, lambda text: None)
+            timed["decode"] = meter.end("decode")
         _check(opened, model, prompt, spec, timed)
         found = {name: {"ns": list(taken.ns), "driver": taken.driver} for name, taken in timed.items()}
         return {"metrics": found, "version": opened.version}

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from harness.ab import Job, Pairs, rounds
-from harness.ab_blocks import BlockFailed, BlockWrong, measure_block, parity_rows
 from harness.ab_checkouts import BASE, HEAD, Side, top_of, within
+from harness.ab_parity import parity_rows
+from harness.ab_workers import LEAST, BlockFailed, BlockWrong, measure
 from harness.cell_rows import Job as RunJob
 from harness.cell_rows import base_row
-from harness.models import open_model
-from harness.plan import Cell, Plan, Request
+from harness.hardware import available_bytes
+from harness.models import model_config, open_model
+from harness.plan import Cell, Plan, Request, memory_needed
 from harness.rows import Row
 from harness.run import new_run_id
 from harness.samples import Sampling
+from harness.schedule import SHARE
 from reports.verdict.comparison import Comparison, Judged, names_of
 from reports.verdict.decision import UNDECIDED, Rules
 from reports.verdict.exact import fewest
@@ -68,7 +71,7 @@ class Work:
             for cell, judged in zip(self.cells, self.parity, strict=True):
                 cell.done = judged.base in _BAD or judged.head in _BAD  # what is wrong has no speed
             spec = {"metrics": METRICS, "repeats": self.arguments.repeats, "seed": self.request.seed}
-            job = Job(self.sides, spec, self.backend_of, self.seed, measure_block)
+            job = Job(self.sides, spec, self.backend_of, self.seed, measure, _together)
             deadline = time.monotonic() + 60 * self.arguments.minutes
             at, read = self.first_look(), 0
             for pairs in rounds(job, self.cells, deadline, self.tell):
@@ -148,7 +151,7 @@ class Work:
 
     def row(self, cell: Cell, metric: str) -> Row:
         """A row of a cell without its figures."""
-        job = RunJob(replace(self.request, isolate=True), Sampling(self.arguments.repeats), self.run_id)
+        job = RunJob(replace(self.request, isolate=True), Sampling(self.arguments.repeats or LEAST), self.run_id)
         model = open_model(cell.model, self.request.seed)
         return replace(base_row(cell, model, job), metric=metric, unit="", command=None)
 
@@ -201,3 +204,9 @@ class Work:
             last = cell.pairs[-1][number]
             row = replace(row, driver=last.drivers[metric], backend_version=last.version)
         return side_row(row, [pair[number].ns[metric] for pair in cell.pairs], about)
+
+
+def _together(cell: Cell) -> bool:
+    """Whether memory holds both sides; how much a GPU has left for the other is not known."""
+    needed = memory_needed(cell, model_config(cell.model))
+    return cell.hardware.device == "cpu" and 2 * needed <= SHARE * available_bytes()

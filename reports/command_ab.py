@@ -36,7 +36,7 @@ answer or the time is over. BASE is a git worktree in a temporary folder.
 FORMATS = ("table", "md", "json", "junit")
 
 #: Prompt tokens, decode tokens, samples of a block: short, since each block pays for a process.
-DEFAULT = (64, 32, 3)
+DEFAULT = (64, 32)
 
 Tell = Callable[[str], None]
 
@@ -53,7 +53,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--minutes", type=float, default=10.0, metavar="M", help="measure no longer (default 10)")
     group.add_argument("--prompt-tokens", type=int, default=DEFAULT[0], metavar="N", help=f"(default {DEFAULT[0]})")
     group.add_argument("--decode-tokens", type=int, default=DEFAULT[1], metavar="N", help=f"(default {DEFAULT[1]})")
-    group.add_argument("--repeats", type=int, default=DEFAULT[2], metavar="N", help="samples of a block (default 3)")
+    text = "samples of a block (default: as many as take as long as starting it)"
+    group.add_argument("--repeats", type=int, metavar="N", help=text)
     group.add_argument("--store", metavar="FILE", help="append the measured rows to this JSONL file")
     rule_options(parser)
     parser.set_defaults(looks=4)
@@ -118,7 +119,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.minutes > 0:
         raise InputError(f"--minutes is {arguments.minutes:g}; more than 0 is needed")
     for name in ("prompt_tokens", "decode_tokens", "repeats"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; at least 1 is needed")
     if arguments.timeout is not None or arguments.cpus is not None or arguments.dry_run:
         raise InputError("ab takes no --timeout, --cpus or --dry-run; use `taskset` around it, and --minutes")

@@ -7,7 +7,7 @@ import random
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 import harness.ab
+import harness.ab_workers
 import reports.ab_work
-from harness.ab_blocks import Block, BlockFailed, BlockWrong, measure_block, parity_rows
 from harness.ab_checkouts import CheckoutError, Side, checkouts, within
+from harness.ab_parity import parity_rows
+from harness.ab_workers import LEAST, MOST, Block, BlockFailed, BlockWrong, measure
 from harness.options import parse
 from harness.store import read
 from reports.verdict.blocks import read_rows
@@ -128,6 +130,15 @@ def spec(root: Path, model: str, **more: Any) -> dict[str, Any]:
     return {**known, "seed": 0, "prompt_tokens": 8, "decode_tokens": 4, "repeats": 3, "metrics": ["decode"], **more}
 
 
+def measure_block(side: Side, asked: Mapping[str, Any], timeout: float = 600.0) -> Block:
+    """One block by itself, as where memory does not hold two."""
+    (found,) = measure([(side, asked)], timeout)
+    if isinstance(found, BlockFailed):
+        raise found
+    assert found is not None
+    return found
+
+
 def test_a_block_runs_the_code_of_its_side(untouched: Path, small: str) -> None:
     with sides(untouched) as (base, head):
         fast = measure_block(base, spec(base.root, small))
@@ -137,6 +148,70 @@ def test_a_block_runs_the_code_of_its_side(untouched: Path, small: str) -> None:
             measure_block(head, spec(head.root, small, scheme="q9"))
         with pytest.raises(BlockFailed, match=r"no end after 0\.01 s"):
             measure_block(head, spec(head.root, small), timeout=0.01)
+
+
+#: Of an adapter: writes down when it is called with one token, by the process that is.
+DIARY = """
+    def forward(self, tokens, state):
+        import os, time
+        if len(tokens) == 1:
+            with open({file!r}, "a") as file:
+                file.write(f"{{time.time()}} {{os.getpid()}}\\n")
+"""
+
+
+def test_samples_of_a_pair_alternate_there_and_back(untouched: Path, small: str, tmp_path: Path) -> None:
+    """While one side is measured the other does nothing."""
+    diary = tmp_path / "diary"
+    (untouched / "mine.py").write_text(
+        ADAPTER.replace("    def forward(self, tokens, state):\n", DIARY.lstrip("\n").format(file=str(diary)))
+    )
+    git(untouched, "commit", "-q", "-a", "-m", "a diary")
+    with sides(untouched, base="HEAD") as both:
+        found = measure([(side, spec(side.root, small, decode_tokens=1, repeats=4)) for side in both])
+    assert [len(block.ns["decode"]) for block in found if isinstance(block, Block)] == [4, 4]
+    calls = [line.split()[1] for line in diary.read_text().splitlines()]
+    a, _ = dict.fromkeys(calls)
+    # Each turn is a settling call and a sample; before the turns both warm up, and after them both check, side by side.
+    turns = "".join("A" if pid == a else "B" for pid in calls)
+    assert "AABBBBAAAABBBBAA" in turns or "BBAAAABBBBAAAABB" in turns, turns
+
+
+@pytest.mark.parametrize(("start_s", "samples"), [(0.1, LEAST), (2.0, 10), (2.1, 12), (60.0, MOST)])
+def test_as_many_samples_as_take_as_long_as_starting(
+    monkeypatch: pytest.MonkeyPatch, start_s: float, samples: int
+) -> None:
+    """Rounds of two workers, 0.1 s each; an even number, so that each is first as often as second."""
+    taken: list[str] = []
+
+    class Stand:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def turn(self) -> None:
+            taken.append(self.name)
+
+    class Clock:
+        monotonic = staticmethod(lambda: 0.1 * len(taken))
+
+    monkeypatch.setattr(harness.ab_workers, "time", Clock)
+    workers: Any = [Stand("a"), Stand("b")]
+    harness.ab_workers._turns(workers, None, start_s)
+    assert taken == ["a", "b", "b", "a"] * (samples // 2)
+    taken.clear()
+    harness.ab_workers._turns(workers, 3, start_s)
+    assert taken == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_a_side_that_dies_leaves_the_other_without_a_block_and_without_blame(untouched: Path, small: str) -> None:
+    dies = "        self.n = getattr(self, 'n', 0) + 1\n        if self.n > 9:\n            import os; os._exit(5)\n"
+    (untouched / "mine.py").write_text(ADAPTER.replace("        return out\n", f"{dies}        return out\n"))
+    git(untouched, "commit", "-q", "-a", "-m", "dies")
+    with sides(untouched) as both:
+        found = measure([(side, spec(side.root, small, repeats=50)) for side in both])
+    assert found[0] is None
+    assert isinstance(found[1], BlockFailed)
+    assert str(found[1]) == "status 5: no output"
 
 
 #: What an adapter does wrong in calls of more than 260 tokens, and what is said of it.
@@ -205,7 +280,18 @@ class Machine:
     def monotonic(self) -> float:
         return self.clock
 
-    def measure(self, side: Side, asked: Mapping[str, Any]) -> Block:
+    def measure(self, asked: Sequence[tuple[Side, Mapping[str, Any]]]) -> list[Block | BlockFailed | None]:
+        """Of the first that fails, and of none after it."""
+        found: list[Block | BlockFailed | None] = [None] * len(asked)
+        for i, (side, spec) in enumerate(asked):
+            try:
+                found[i] = self.block(side, spec)
+            except BlockFailed as error:
+                found[i] = error
+                break
+        return found
+
+    def block(self, side: Side, asked: Mapping[str, Any]) -> Block:
         self.calls.append(side.name)
         self.clock += 1.0
         if self.ends is not None and len(self.calls) > self.ends:
@@ -233,7 +319,7 @@ def ab(bench: Bench, untouched: Path, small: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(untouched)
 
     def run(machine: Machine, *words: str) -> Done:
-        monkeypatch.setattr(reports.ab_work, "measure_block", machine.measure)
+        monkeypatch.setattr(reports.ab_work, "measure", machine.measure)
         monkeypatch.setattr(reports.ab_work, "parity_rows", machine.parity)
         for module in (reports.ab_work, harness.ab):
             monkeypatch.setattr(module, "time", machine)
