@@ -26,7 +26,8 @@ from harness.names import one_line
 
 WORKER = Path(__file__).with_name("ab_worker.py")
 
-#: Samples of a block where none are asked for: as many as take as long as starting did, within these.
+#: Samples of a block where none are asked for: as many as take half as long as starting did, within these. An answer
+#: needs a dozen pairs at least, however quiet the machine is, and starting them is most of what they cost.
 LEAST, MOST = 4, 40
 
 
@@ -81,7 +82,7 @@ def measure(
 
 
 def _turns(workers: Sequence[_Worker], samples: int | None, start_s: float) -> None:
-    """``samples`` of each worker; ``None``: as many as take as long as starting them all did."""
+    """``samples`` of each worker; ``None``: as many as take half as long as starting them all did."""
     taken, began = 0, time.monotonic()
     while samples is None or taken < samples:
         for worker in workers if taken % 2 == 0 else reversed(workers):
@@ -89,7 +90,7 @@ def _turns(workers: Sequence[_Worker], samples: int | None, start_s: float) -> N
         taken += 1
         if samples is None and taken == 2:
             each = (time.monotonic() - began) / taken
-            samples = min(MOST, max(LEAST, 2 * math.ceil(start_s / each / 2)))
+            samples = min(MOST, max(LEAST, 2 * math.ceil(start_s / each / 4)))
 
 
 class _Failed(Exception):

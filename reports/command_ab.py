@@ -53,7 +53,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--minutes", type=float, default=10.0, metavar="M", help="measure no longer (default 10)")
     group.add_argument("--prompt-tokens", type=int, default=DEFAULT[0], metavar="N", help=f"(default {DEFAULT[0]})")
     group.add_argument("--decode-tokens", type=int, default=DEFAULT[1], metavar="N", help=f"(default {DEFAULT[1]})")
-    text = "samples of a block (default: as many as take as long as starting it)"
+    text = "samples of a block (default: as many as take half as long as starting it)"
     group.add_argument("--repeats", type=int, metavar="N", help=text)
     group.add_argument("--store", metavar="FILE", help="append the measured rows to this JSONL file")
     rule_options(parser)

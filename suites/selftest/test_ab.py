@@ -177,8 +177,8 @@ def test_samples_of_a_pair_alternate_there_and_back(untouched: Path, small: str,
     assert "AABBBBAAAABBBBAA" in turns or "BBAAAABBBBAAAABB" in turns, turns
 
 
-@pytest.mark.parametrize(("start_s", "samples"), [(0.1, LEAST), (2.0, 10), (2.1, 12), (60.0, MOST)])
-def test_as_many_samples_as_take_as_long_as_starting(
+@pytest.mark.parametrize(("start_s", "samples"), [(0.1, LEAST), (4.0, 10), (4.2, 12), (60.0, MOST)])
+def test_as_many_samples_as_take_half_as_long_as_starting(
     monkeypatch: pytest.MonkeyPatch, start_s: float, samples: int
 ) -> None:
     """Rounds of two workers, 0.1 s each; an even number, so that each is first as often as second."""
