@@ -23,13 +23,14 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Pairs:
-    """One cell: its pairs in order of time; what ended it early, by side."""
+    """One cell: its pairs in order of time; what ended it early, by side; whether both may still be loaded at once."""
 
     cell: Cell
     pairs: list[tuple[Block, Block]] = field(default_factory=list)
     head_first: list[bool] = field(default_factory=list)
     failed: dict[str, BlockFailed] = field(default_factory=dict)
     done: bool = False
+    together: bool = True
 
     @property
     def wrong(self) -> bool:
@@ -80,21 +81,35 @@ def rounds(job: Job, cells: Sequence[Pairs], deadline: float, tell: Tell) -> Ite
 
 
 def _pair(job: Job, cell: Pairs, head_first: bool, tell: Tell) -> None:
-    found: dict[str, Block] = {}
+    found: dict[str, Block | BlockFailed] = {}
+    samples: dict[str, int] = {}
     base, head = job.sides
     order = (head, base) if head_first else (base, head)
-    for sides in [order] if job.together(cell.cell) else [(side,) for side in order]:
-        names = " and ".join(side.name for side in sides)
-        tell(f"{cell.cell.backend} {cell.cell.scheme}: pair {len(cell.pairs) + 1}, {names}")
-        blocks = job.measure([(side, _spec(job, side, cell.cell)) for side in sides])
-        for side, block in zip(sides, blocks, strict=True):
-            if isinstance(block, BlockFailed):
-                cell.failed[side.name] = block
-            elif block is not None:
-                found[side.name] = block
+    pair = f"{cell.cell.backend} {cell.cell.scheme}: pair {len(cell.pairs) + 1}"
+    if cell.together and job.together(cell.cell):
+        tell(f"{pair}, {order[0].name} and {order[1].name}")
+        blocks = job.measure([(side, _spec(job, side, cell.cell)) for side in order])
+        found = {side.name: block for side, block in zip(order, blocks, strict=True) if block is not None}
+        # What fails beside the other may be the other's doing, as where memory holds only one: alone it is its own.
+        cell.together = all(isinstance(block, (Block, BlockWrong)) for block in blocks)
+    if not (cell.together and found):
+        found, samples = {}, {}
+        for side in order:
+            tell(f"{pair}, {side.name}")
+            (block,) = job.measure([(side, {**_spec(job, side, cell.cell), **samples})])
+            assert block is not None
+            found[side.name] = block
+            if isinstance(block, Block):  # the other gets as many, however long it took to start
+                samples = {"repeats": max(len(ns) for ns in block.ns.values())}
+    cell.failed = {name: block for name, block in found.items() if isinstance(block, BlockFailed)}
     if not cell.failed:
-        cell.pairs.append((found[BASE], found[HEAD]))
+        cell.pairs.append((_block(found[BASE]), _block(found[HEAD])))
         cell.head_first.append(head_first)
+
+
+def _block(found: Block | BlockFailed) -> Block:
+    assert isinstance(found, Block)
+    return found
 
 
 def _spec(job: Job, side: Side, cell: Cell) -> dict[str, Any]:

@@ -25,17 +25,21 @@ def main(spec: dict) -> dict:
     paths         where ``harness``, ``backends`` and the user's modules are looked for first
     backend, model, scheme, device, threads, seed, prompt_tokens, decode_tokens
     metrics       ``prefill`` and ``decode``, or one of them
-    go, done      pipes: ``t`` asks for one sample of each metric, after one of each that is thrown away, and ``e`` for
-                  the end; a byte comes back when it is ready, and after each sample
+    go, done      pipes: ``b`` asks for one sample of each metric that is thrown away, ``t`` for one that is kept, ``e``
+                  for the end; a byte comes back when it has loaded, and after each of these
     """
     # Not the folder of this file, whose module names are no top-level ones.
     sys.path[:] = [*spec["paths"], *(path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__)))]
     import numpy as np
 
     import harness
+    from harness.isolation import lifeline
     from harness.models import gate_tokens, open_model
     from harness.session import open_session
 
+    lifeline.hold()
+    for file in (spec["go"], spec["done"]):
+        os.set_inheritable(file, False)
     found_at = os.path.dirname(os.path.dirname(os.path.abspath(str(harness.__file__))))
     if os.path.realpath(found_at) != os.path.realpath(spec["harness"]):
         raise RuntimeError(f"harness was taken from {found_at}, not from {spec['harness']}")
@@ -44,21 +48,29 @@ def main(spec: dict) -> dict:
     timed: dict = {}
     with open_session(spec["backend"], model, spec["scheme"], spec["device"], spec["threads"]) as opened:
         meter = opened.meter
-        for metric in spec["metrics"]:
-            meter.begin(metric, prompt, spec["decode_tokens"], spec["device"])
-        os.write(spec["done"], b"r")
-        while os.read(spec["go"], 1) == b"t":
+        while (asked := _waited(spec)) != b"e":
             for metric in spec["metrics"]:
+                if asked == b"b":
+                    meter.begin(metric, prompt, spec["decode_tokens"], spec["device"])
+                    continue
                 meter.turn(metric, 1, True)
                 if metric == "prefill":  # a session may use its buffer again
                     taken = meter.end(metric)
                     timed[metric] = replace(taken, last_logits=np.array(taken.last_logits))
-            os.write(spec["done"], b"d")
         if "decode" in spec["metrics"]:
             timed["decode"] = meter.end("decode")
         _check(opened, model, prompt, spec, timed)
         found = {name: {"ns": list(taken.ns), "driver": taken.driver} for name, taken in timed.items()}
         return {"metrics": found, "version": opened.version}
+
+
+def _waited(spec: dict) -> bytes:
+    """What is asked for next; until then a backend in a process of its own is stopped too."""
+    from harness.isolation.child import alone
+
+    with alone(None):
+        os.write(spec["done"], b"d")
+        return os.read(spec["go"], 1) or b"e"
 
 
 def _check(opened: Any, model: Any, prompt: list, spec: dict, timed: dict) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.ab_checkouts import Side
+from harness.isolation import lifeline
 from harness.names import one_line
 
 WORKER = Path(__file__).with_name("ab_worker.py")
@@ -29,6 +30,9 @@ WORKER = Path(__file__).with_name("ab_worker.py")
 #: Samples of a block where none are asked for: as many as take half as long as starting did, within these. An answer
 #: needs a dozen pairs at least, however quiet the machine is, and starting them is most of what they cost.
 LEAST, MOST = 4, 40
+
+#: Milliseconds after which a process that is waited for is looked at.
+_LOOK_MS = 200
 
 
 class BlockFailed(Exception):
@@ -62,18 +66,21 @@ def measure(
     """Start a process for each, let them take turns in the order given and back again, check, end them.
 
     asked    sides with what :mod:`harness.ab_worker` is told, ``repeats`` among it: samples, or ``None`` for enough
-    timeout  seconds that all of it may take
+    timeout  seconds that each may take
 
     ``None`` stands for a block that came to nothing because another one failed.
     """
     with ExitStack() as stack:
-        began = time.monotonic()
+        began, timeout = time.monotonic(), timeout * len(asked)
         workers = [_Worker(side, spec, stack, began + timeout, timeout) for side, spec in asked]
         try:
-            for worker in workers:
+            for worker in workers:  # they load side by side, and are warmed up one by one
                 worker.reply()
                 worker.stop()
-            _turns(workers, asked[0][1].get("repeats"), time.monotonic() - began)
+            start_s = time.monotonic() - began
+            for worker in workers:
+                worker.turn(b"b")
+            _turns(workers, asked[0][1].get("repeats"), start_s, began + timeout)
             for worker in workers:
                 worker.finish()
         except _Failed as failed:
@@ -81,8 +88,9 @@ def measure(
         return [worker.block() for worker in workers]
 
 
-def _turns(workers: Sequence[_Worker], samples: int | None, start_s: float) -> None:
-    """``samples`` of each worker; ``None``: as many as take half as long as starting them all did."""
+def _turns(workers: Sequence[_Worker], samples: int | None, start_s: float, deadline: float) -> None:
+    """``samples`` of each worker; ``None``: as many as take half as long as starting them all did, and half of the time
+    that is left at most."""
     taken, began = 0, time.monotonic()
     while samples is None or taken < samples:
         for worker in workers if taken % 2 == 0 else reversed(workers):
@@ -91,6 +99,7 @@ def _turns(workers: Sequence[_Worker], samples: int | None, start_s: float) -> N
         if samples is None and taken == 2:
             each = (time.monotonic() - began) / taken
             samples = min(MOST, max(LEAST, 2 * math.ceil(start_s / each / 4)))
+            samples = max(2, min(samples, 2 * int((deadline - time.monotonic()) / each / 4)))
 
 
 class _Failed(Exception):
@@ -107,21 +116,17 @@ class _Worker:
     def __init__(self, side: Side, spec: Mapping[str, Any], stack: ExitStack, deadline: float, timeout: float) -> None:
         self._deadline, self._timeout = deadline, timeout
         self._out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rwkv-bench-block-"))) / "block.json"
-        go, self._go = os.pipe()
-        self._done, done = os.pipe()
-        stack.callback(os.close, self._go)
-        stack.callback(os.close, self._done)
-        whole = {**spec, "paths": side.paths, "harness": side.harness, "out": str(self._out), "go": go, "done": done}
-        command = [side.python, str(WORKER), json.dumps(whole)]
-        try:
-            self._process = stack.enter_context(Running(command, side, (go, done)))
-        finally:
-            os.close(go)
-            os.close(done)
+        with ExitStack() as theirs:  # their ends, which only the process keeps
+            go, self._go = _pipe(theirs, stack)
+            life, _ = _pipe(theirs, stack)
+            done, self._done = _pipe(theirs, stack, reads=False)
+            about = {"paths": side.paths, "harness": side.harness, "out": str(self._out), "go": go, "done": done}
+            command = [side.python, str(WORKER), json.dumps({**spec, **about})]
+            self._process = stack.enter_context(Running(command, side, (go, done), life))
 
-    def turn(self) -> None:
+    def turn(self, what: bytes = b"t") -> None:
         """One sample of each metric; it is stopped before and after."""
-        self._tell(b"t")
+        self._tell(what)
         self.reply()
         self.stop()
 
@@ -131,12 +136,16 @@ class _Worker:
 
     def stop(self) -> None:
         """Its threads too, some of which spin while they wait."""
-        self._process.signal(signal.SIGSTOP)
+        self._process.stop()
 
     def reply(self) -> None:
         """Wait until it is ready for the next turn."""
-        left = max(0.0, self._deadline - time.monotonic())
-        if not select.select([self._done], [], [], left)[0] or not os.read(self._done, 1):
+        poll = select.poll()
+        poll.register(self._done, select.POLLIN)
+        while not poll.poll(_LOOK_MS):  # what it has forked may hold the pipe open when it is gone itself
+            if time.monotonic() > self._deadline or not self._process.running:
+                raise _Failed(self, self._last_words())
+        if not os.read(self._done, 1):
             raise _Failed(self, self._last_words())
 
     def block(self) -> Block | BlockFailed:
@@ -173,14 +182,31 @@ class _Worker:
         return BlockFailed("ended without an answer")
 
 
-class Running:
-    """A command of a side in a process group of its own, killed on leaving."""
+def _pipe(theirs: ExitStack, ours: ExitStack, reads: bool = True) -> tuple[int, int]:
+    """The other process's end, closed when ``theirs`` is, and this one's, closed when ``ours`` is."""
+    read, write = os.pipe()
+    far, near = (read, write) if reads else (write, read)
+    theirs.callback(os.close, far)
+    ours.callback(os.close, near)
+    return far, near
 
-    def __init__(self, command: Sequence[str], side: Side, pass_fds: Sequence[int] = ()) -> None:
+
+class Running:
+    """A command of a side in a process group of its own, killed on leaving.
+
+    life  read end of a pipe; when this process is gone, even by SIGKILL, so is the other (:mod:`lifeline`)
+    """
+
+    def __init__(
+        self, command: Sequence[str], side: Side, pass_fds: Sequence[int] = (), life: int | None = None
+    ) -> None:
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        if life is not None:
+            environment[lifeline.VARIABLE], pass_fds = str(life), (*pass_fds, life)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed on leaving
         self._process = subprocess.Popen(
-            command, cwd=side.root, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, stdin=subprocess.DEVNULL,
-            stdout=self._said, stderr=self._said, start_new_session=True, pass_fds=pass_fds,
+            command, cwd=side.root, env=environment, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
+            start_new_session=True, pass_fds=pass_fds,
         )  # fmt: skip
 
     def __enter__(self) -> Running:
@@ -192,11 +218,22 @@ class Running:
             self._process.wait()
         self._said.close()
 
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         """To all of the group, while there is one."""
         if self._process.poll() is None:  # not reaped: the number is still its own
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
+
+    def stop(self) -> None:
+        """Stop all of the group, and wait until it is."""
+        self.signal(signal.SIGSTOP)
+        if hasattr(os, "waitid"):  # not on macOS before Python 3.13
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def end(self, left: float, timeout: float) -> None:
         """Wait ``left`` seconds of ``timeout`` for a status of 0. Raises BlockFailed, and Ended with its last words."""

@@ -28,14 +28,14 @@ examples:
   rwkv-bench ab --base main --backend mine.py    your repository, your adapter
   rwkv-bench ab --base main --setup "make -C kernels"   run in both checkouts
 
-Every block is a fresh process; one of BASE and one of HEAD follow each other,
+Every block is a fresh process; one of BASE and one of HEAD take turns,
 a coin deciding which is first. Measuring goes on until every cell has an
 answer or the time is over. BASE is a git worktree in a temporary folder.
 """
 
 FORMATS = ("table", "md", "json", "junit")
 
-#: Prompt tokens, decode tokens, samples of a block: short, since each block pays for a process.
+#: Prompt tokens, decode tokens: short, since each block pays for a process.
 DEFAULT = (64, 32)
 
 Tell = Callable[[str], None]

@@ -7,6 +7,8 @@ import random
 import re
 import shlex
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,11 +198,75 @@ def test_as_many_samples_as_take_half_as_long_as_starting(
 
     monkeypatch.setattr(harness.ab_workers, "time", Clock)
     workers: Any = [Stand("a"), Stand("b")]
-    harness.ab_workers._turns(workers, None, start_s)
+    harness.ab_workers._turns(workers, None, start_s, 1e9)
     assert taken == ["a", "b", "b", "a"] * (samples // 2)
     taken.clear()
-    harness.ab_workers._turns(workers, 3, start_s)
+    harness.ab_workers._turns(workers, 3, start_s, 1e9)
     assert taken == ["a", "b", "b", "a", "a", "b"]
+    taken.clear()
+    harness.ab_workers._turns(workers, None, 60.0, 4.4)  # half of the four seconds that are left, 0.4 s for two
+    assert len(taken) == 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="states of processes are read from /proc")
+def test_one_is_stopped_while_the_other_is_measured(
+    untouched: Path, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[Any] = []
+    seen: list[str] = []
+    tell = harness.ab_workers._Worker._tell
+
+    def told(self: Any, what: bytes) -> None:
+        known.extend([] if self in known else [self])
+        if what == b"t":
+            for other in known:
+                stat = Path(f"/proc/{other._process._process.pid}/stat").read_text()
+                seen.append(stat.rpartition(")")[2].split()[0])
+        tell(self, what)
+
+    monkeypatch.setattr(harness.ab_workers._Worker, "_tell", told)
+    with sides(untouched) as both:
+        measure([(side, spec(side.root, small, repeats=2)) for side in both])
+    assert seen == ["T"] * 8
+
+
+KILLED = """
+import sys
+import harness.ab_workers as ab_workers
+from harness.ab_checkouts import Side
+
+def turns(workers, *rest):
+    print(*(worker._process._process.pid for worker in workers), flush=True)
+    sys.stdin.read()
+
+ab_workers._turns = turns
+side = Side("base", {root!r}, "", sys.executable, ({root!r}, {top!r}), {top!r})
+ab_workers.measure([(side, {asked!r})] * 2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="states of processes are read from /proc")
+def test_stopped_processes_end_with_one_that_is_killed(untouched: Path, small: str) -> None:
+    top = str(Path(harness.ab_workers.__file__).parents[1])
+    code = KILLED.format(root=str(untouched), top=top, asked=spec(untouched, small, repeats=2))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=top, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pids = parent.stdout.readline().split()
+        assert len(pids) == 2
+        parent.kill()
+    end = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < end, pids
+        time.sleep(0.05)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_side_that_dies_leaves_the_other_without_a_block_and_without_blame(untouched: Path, small: str) -> None:
@@ -271,9 +337,10 @@ class Machine:
     ) -> None:
         self.rng = np.random.default_rng(0)
         self.slowdown, self.ends, self.broken, self.wrong = slowdown, ends, broken, wrong
-        self.right_for = 40
+        self.right_for, self.crowded = 40, False
         self.asked: list[list[str]] = []
         self.calls: list[str] = []
+        self.samples: list[int | None] = []
         self.level = 0.0
         self.clock = 0.0
 
@@ -283,6 +350,9 @@ class Machine:
     def measure(self, asked: Sequence[tuple[Side, Mapping[str, Any]]]) -> list[Block | BlockFailed | None]:
         """Of the first that fails, and of none after it."""
         found: list[Block | BlockFailed | None] = [None] * len(asked)
+        if len(asked) == 2 and self.crowded:
+            self.clock += 1.0
+            return [BlockFailed("killed by SIGKILL: no output"), None]
         for i, (side, spec) in enumerate(asked):
             try:
                 found[i] = self.block(side, spec)
@@ -293,10 +363,11 @@ class Machine:
 
     def block(self, side: Side, asked: Mapping[str, Any]) -> Block:
         self.calls.append(side.name)
+        self.samples.append(asked["repeats"])
         self.clock += 1.0
         if self.ends is not None and len(self.calls) > self.ends:
             raise KeyboardInterrupt
-        if self.broken == side.name:
+        if self.broken in (side.name, "both"):
             raise BlockFailed("killed by SIGSEGV: no more words")
         if self.wrong == side.name and len(self.calls) > self.right_for:
             raise BlockWrong("prefill: logit 0 is nan at step 0 of sample 0")
@@ -384,6 +455,24 @@ def test_a_head_that_crashes_is_a_regression(ab: Callable[..., Done]) -> None:
     base = ab(Machine(broken="base"))
     assert base.code == 4
     assert "cannot be measured in base" in base.out
+
+
+def test_what_both_sides_fail_at_is_no_regression(ab: Callable[..., Done]) -> None:
+    for seed in range(4):  # whichever is asked first
+        done = ab(Machine(broken="both"), "--seed", str(seed))
+        assert done.code == 4
+        assert "cannot be measured in base" in done.out
+        assert "cannot be measured in head" in done.out
+        assert "REGRESSION" not in done.out
+
+
+def test_what_fails_only_beside_the_other_is_measured_alone(ab: Callable[..., Done]) -> None:
+    machine = Machine()
+    machine.crowded = True
+    done = ab(machine, "--effect", "20%", "--margin", "10%")
+    assert done.code == 0
+    assert "2 of 2 no slower" in done.out
+    assert machine.samples[1::2] == [3] * len(machine.samples[::2])
 
 
 def test_a_block_that_is_wrong_takes_the_speed_away(ab: Callable[..., Done], tmp_path: Path) -> None:

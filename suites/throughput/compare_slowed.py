@@ -7,8 +7,8 @@ The repository is cloned and a commit added whose backends wait after every call
 time that makes the speed smaller by ``--slowdown``; ``ab`` then compares it with the commit before. With
 ``--slowdown 0%`` the commit changes nothing that matters, and no cell may be called slower or faster.
 
-Exit status 1 where prefill or decode of any cell has another answer, or it took longer than ``--minutes`` and the half
-minute in which a block that was begun may end.
+Exit status 1 where prefill or decode of any cell has another answer, or it took longer than ``--minutes`` of measuring
+and one for parity and the pair that was begun.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ for _name in ("forward", "greedy"):
 
 _COMMAND = "import sys; from harness.cli import main; sys.exit(main())"
 
-#: Seconds that ``ab`` may take to end beyond the minutes that it was given.
-_SPARE = 30.0
+#: Seconds beyond the minutes of measuring: parity of both sides, and the pair that was begun.
+_SPARE = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
