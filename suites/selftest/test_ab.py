@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shlex
@@ -246,11 +247,12 @@ ab_workers.measure([(side, {asked!r})] * 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="states of processes are read from /proc")
-def test_stopped_processes_end_with_one_that_is_killed(untouched: Path, small: str) -> None:
+def test_stopped_processes_end_with_one_that_is_killed(untouched: Path, small: str, tmp_path: Path) -> None:
     top = str(Path(harness.ab_workers.__file__).parents[1])
     code = KILLED.format(root=str(untouched), top=top, asked=spec(untouched, small, repeats=2))
+    about: dict[str, Any] = {"cwd": top, "env": {**os.environ, "TMPDIR": str(tmp_path)}, "text": True}
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=top, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **about
     ) as parent:
         assert parent.stdout is not None
         pids = parent.stdout.readline().split()
