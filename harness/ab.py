@@ -23,14 +23,17 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Pairs:
-    """One cell: its pairs in order of time; what ended it early, by side; whether both may still be loaded at once."""
+    """One cell: its pairs in order of time; what ended it early, by side.
+
+    crowded  what a side failed of beside the other: since then each is measured alone
+    """
 
     cell: Cell
     pairs: list[tuple[Block, Block]] = field(default_factory=list)
     head_first: list[bool] = field(default_factory=list)
     failed: dict[str, BlockFailed] = field(default_factory=dict)
     done: bool = False
-    together: bool = True
+    crowded: str = ""
 
     @property
     def wrong(self) -> bool:
@@ -82,18 +85,18 @@ def rounds(job: Job, cells: Sequence[Pairs], deadline: float, tell: Tell) -> Ite
 
 def _pair(job: Job, cell: Pairs, head_first: bool, tell: Tell) -> None:
     found: dict[str, Block | BlockFailed] = {}
-    samples: dict[str, int] = {}
     base, head = job.sides
     order = (head, base) if head_first else (base, head)
     pair = f"{cell.cell.backend} {cell.cell.scheme}: pair {len(cell.pairs) + 1}"
-    if cell.together and job.together(cell.cell):
+    if not cell.crowded and job.together(cell.cell):
         tell(f"{pair}, {order[0].name} and {order[1].name}")
         blocks = job.measure([(side, _spec(job, side, cell.cell)) for side in order])
         found = {side.name: block for side, block in zip(order, blocks, strict=True) if block is not None}
         # What fails beside the other may be the other's doing, as where memory holds only one: alone it is its own.
-        cell.together = all(isinstance(block, (Block, BlockWrong)) for block in blocks)
-    if not (cell.together and found):
-        found, samples = {}, {}
+        failed = [(n, b) for n, b in found.items() if isinstance(b, BlockFailed) and not isinstance(b, BlockWrong)]
+        cell.crowded = "; ".join(f"{name}: {error}" for name, error in failed)
+    if cell.crowded or not found:
+        samples: dict[str, int] = {}
         for side in order:
             tell(f"{pair}, {side.name}")
             (block,) = job.measure([(side, {**_spec(job, side, cell.cell), **samples})])

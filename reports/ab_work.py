@@ -169,6 +169,8 @@ class Work:
                     row = self.row(cell.cell, metric)
                     lines.append(line_of(row, arms[i, metric], self.looks.answers[i, metric]))
             label = f"{cell.cell.backend} {cell.cell.scheme}"
+            if cell.crowded and not cell.failed:
+                notes.append(f"{label}: each side alone, one after the other, since beside the other {cell.crowded}")
             for name, error in cell.failed.items():
                 is_what = "is wrong" if isinstance(error, BlockWrong) else "cannot be measured"
                 notes.append(f"{label} {is_what} in {name}: {error}")

@@ -475,6 +475,9 @@ def test_what_fails_only_beside_the_other_is_measured_alone(ab: Callable[..., Do
     assert done.code == 0
     assert "2 of 2 no slower" in done.out
     assert machine.samples[1::2] == [3] * len(machine.samples[::2])
+    told = " ".join(done.out.split())
+    assert "each side alone, one after the other, since beside the other" in told
+    assert "killed by SIGKILL: no output" in told
 
 
 def test_a_block_that_is_wrong_takes_the_speed_away(ab: Callable[..., Done], tmp_path: Path) -> None:
