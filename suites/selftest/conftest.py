@@ -12,6 +12,8 @@ from harness.cli import main
 from reference.checkpoint import save_checkpoint
 from reference.config import Config
 from reference.synthetic import synthetic
+from suites.selftest.ab_repository import repository as repository
+from suites.selftest.ab_repository import untouched as untouched
 
 #: Two layers, groups of 32 fit, the vocabulary is bytes.
 SMALL = Config(n_layer=2, n_embd=32, n_ffn=64, n_vocab=256)
