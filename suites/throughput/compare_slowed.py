@@ -51,9 +51,6 @@ for _name in ("forward", "greedy"):
 
 _COMMAND = "import sys; from harness.cli import main; sys.exit(main())"
 
-#: Minutes that parity of both sides and the pair that was begun take beyond those that ``ab`` measures.
-_SPARE = 1.0
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
@@ -86,7 +83,7 @@ def _figures(line: dict[str, Any]) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slowdown", type=_part, default=0.05, metavar="P", help="of the speed (default 5%%)")
-    parser.add_argument("--minutes", type=float, default=5.0, help=f"in all, more than {_SPARE:g} (default 5)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="in all, parity of both sides too (default 5)")
     parser.add_argument("--backend", default="numpy,torch")
     parser.add_argument("--quant", default="fp32,fp16")
     parser.add_argument("--threads", default="1")
@@ -116,8 +113,7 @@ def _git(*words: str) -> None:
 
 def _ab(clone: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The comparison as ``ab`` writes it."""
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("backend", "quant", "threads")]
-    options.append(f"--minutes={arguments.minutes - _SPARE:g}")
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("backend", "quant", "threads", "minutes")]
     command = [sys.executable, "-c", _COMMAND, "ab", "--base=HEAD~1", "--head=HEAD", *options, "--format=json"]
     done = subprocess.run(command, cwd=clone, stdout=subprocess.PIPE, text=True, check=False)
     if not done.stdout:
